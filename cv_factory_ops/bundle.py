@@ -1,0 +1,172 @@
+"""THE model bundle: one directory that training writes and every server loads.
+
+    bundle.json        architecture, input size, labels, threshold, learned state, digests of what it was made from
+    model.safetensors  the weights
+    pca.npz            mean and components of the embedding's principal components
+    reference.parquet  features of held-out images: what drift is measured against
+
+Its digest (over all files) names it everywhere: MLflow tag, endpoint config, answers, captures. No file is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from cv_factory_ops import storage
+from cv_factory_ops.config import Model, PreprocessingConfig
+from cv_factory_ops.domain import Kind
+from cv_factory_ops.errors import DataError
+from cv_factory_ops.records import Frozen
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cv_factory_ops.models import Classifier
+
+
+class BundleManifest(Frozen):
+    """``bundle.json``."""
+
+    format: Literal[1] = 1
+    project: str
+    domain: str
+    labels: list[str]
+    model: Model
+    preprocessing: PreprocessingConfig
+    mean: float
+    """Mean intensity of the training images, 0..1; also a buffer of the weights."""
+    std: float
+    threshold: float
+    """Score of the positive class from which the answer is positive (two classes); chosen on validation."""
+    features: dict[str, Kind]
+    """Columns of the reference, and of the ``features`` of each answer."""
+    data_digest: str
+    test_digest: str
+    code_version: str
+    git_sha: str
+
+
+@dataclass(frozen=True)
+class Pca:
+    """Principal components of the embedding: (x - mean) @ components.T."""
+
+    mean: NDArray[np.float64]
+    """(features,)"""
+    components: NDArray[np.float64]
+    """(components, features)"""
+
+    def transform(self, embedding: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(N, features) -> (N, components)"""
+        projected: NDArray[np.float64] = (embedding.astype(np.float64) - self.mean) @ self.components.T
+        return projected
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on the local disk."""
+
+    path: Path
+    manifest: BundleManifest
+
+    @classmethod
+    def load(cls, path: Path) -> Bundle:
+        """Open a bundle directory.
+
+        Raises:
+            DataError: it is not one, or of another format.
+        """
+        try:
+            return cls(path, BundleManifest.model_validate_json((path / "bundle.json").read_bytes()))
+        except OSError:
+            raise DataError(f"{path}: is not a model bundle; bundle.json is missing") from None
+        except ValidationError as error:
+            raise DataError(f"{path / 'bundle.json'}: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
+
+    @classmethod
+    def write(cls, path: Path, manifest: BundleManifest, network: Classifier, pca: Pca, reference: pd.DataFrame) -> Bundle:
+        """Write a new bundle directory."""
+        from safetensors.torch import save_file
+
+        path.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path / "model.safetensors")
+        np.savez(path / "pca.npz", mean=pca.mean, components=pca.components)
+        reference.to_parquet(path / "reference.parquet", index=False)
+        text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
+        (path / "bundle.json").write_text(text, encoding="utf-8")
+        return cls(path, manifest)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all files."""
+        return storage.tree_digest(self.path)
+
+    def network(self) -> Classifier:
+        """The network with its weights, in evaluation mode."""
+        from safetensors.torch import load_file
+
+        from cv_factory_ops.models import build
+
+        network = build(self.manifest.model, len(self.manifest.labels), self.manifest.mean, self.manifest.std)
+        network.load_state_dict(load_file(self.path / "model.safetensors"))
+        return network.eval()
+
+    def pca(self) -> Pca:
+        with np.load(self.path / "pca.npz", allow_pickle=False) as arrays:
+            return Pca(arrays["mean"], arrays["components"])
+
+    def reference(self) -> pd.DataFrame:
+        """Features of held-out images, one row an image, the columns of ``manifest.features``."""
+        import pandas as pd
+
+        return pd.read_parquet(self.path / "reference.parquet")
+
+
+def pack(bundle: Path, archive: Path) -> None:
+    """SageMaker's ``model.tar.gz`` of a bundle: the same bytes for the same bundle."""
+
+    def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+        info.mtime = info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        return info
+
+    import gzip
+
+    with archive.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as zipped:
+        with tarfile.open(fileobj=zipped, mode="w") as tar:
+            for item in sorted(bundle.iterdir()):
+                tar.add(item, item.name, filter=anonymous)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Extract ``model.tar.gz``; members that point outside the folder are refused.
+
+    Raises:
+        DataError: it is not a gzipped tar archive of plain files.
+    """
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{archive}: is not a usable model.tar.gz: {error}") from None
+
+
+def missing_to_nan(features: Mapping[str, str | float | None], kinds: Mapping[str, Kind]) -> dict[str, str | float]:
+    """A row of features in the reference's terms: absent numbers are NaN, absent categories ``missing``."""
+    row: dict[str, str | float] = {}
+    for name, kind in kinds.items():
+        value = features.get(name)
+        if kind == "number":
+            row[name] = float(value) if isinstance(value, (int, float)) else float("nan")
+        else:
+            row[name] = "missing" if value is None else str(value)
+    return row

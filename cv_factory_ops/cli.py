@@ -1,0 +1,145 @@
+"""``cvf``: what every container, operator, schedule and person runs.
+
+A stage prints its result as one JSON document on standard output (a person at a terminal sees the summary instead) and
+logs to standard error. Exit codes: 0 done, 2 the configuration is wrong, 3 the data is wrong, 4 a gate refused, 75 try again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv_factory_ops
+from cv_factory_ops.errors import CvFactoryError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for chatty in ("alembic", "mlflow", "botocore", "httpx", "matplotlib", "sagemaker"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except CvFactoryError as error:
+        print(f"cvf {options.name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        print(f"cvf {options.name}: unexpected {type(error).__name__}; details in {_keep_traceback()}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    from cv_factory_ops.stage import STAGES
+
+    parser = argparse.ArgumentParser(prog="cvf", description="Train, deploy, watch and retrain computer-vision models.")
+    parser.add_argument("--version", action="version", version=f"cvf {cv_factory_ops.__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", title="stages and commands")
+    for name, spec in STAGES.items():
+        _stage_arguments(_add(commands, name, spec.help, _stage))
+    run = _add(commands, "run", "all stages of a training, one after the other", _run)
+    _stage_arguments(run)
+    _config_arguments(commands)
+    serve = _add(commands, "serve", "serve a bundle: /ping and /invocations (SageMaker's container contract)", _serve)
+    serve.add_argument("--model", default=os.environ.get("SM_MODEL_DIR", "/opt/ml/model"), help="bundle directory")
+    serve.add_argument("--host", default="0.0.0.0")  # noqa: S104 - a container serves its network
+    serve.add_argument("--port", type=int, default=8080)
+    endpoint = _add(commands, "endpoint", "the SageMaker-compatible endpoint of this machine", _endpoint)
+    endpoint.add_argument("--state", default="var/endpoint", help="directory of its state")
+    endpoint.add_argument("--host", default="127.0.0.1")
+    endpoint.add_argument("--port", type=int, default=8765)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, command: Callable[..., int]
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _stage_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="the project's YAML")
+    parser.add_argument("--run", required=True, metavar="URI", help="run directory: a path, file:// or s3://")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting; repeatable")
+    parser.add_argument("--force", action="store_true", help="work again even if nothing has changed")
+
+
+def _config_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    config = commands.add_parser("config", help="check a project's YAML, or print its schema")
+    actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="check a project's YAML")
+    check.add_argument("file")
+    check.set_defaults(command=_config_check)
+    actions.add_parser("schema", help="print the JSON schema").set_defaults(command=_config_schema)
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import as_uri, load
+    from cv_factory_ops.stage import run_stage
+
+    result = run_stage(options.name, load(options.config, options.set), as_uri(options.run), force=options.force)
+    if not sys.stdout.isatty():
+        print(result.model_dump_json())
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import as_uri, load
+    from cv_factory_ops.stage import TRAINING, run_stage
+
+    config = load(options.config, options.set)
+    for name in TRAINING:
+        run_stage(name, config, as_uri(options.run), force=options.force)
+    return 0
+
+
+def _config_check(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import load
+
+    print(f"{options.file}: fine, project {load(options.file).project}")
+    return 0
+
+
+def _config_schema(options: argparse.Namespace) -> int:
+    import json
+
+    from cv_factory_ops.config import ProjectConfig
+
+    print(json.dumps(ProjectConfig.model_json_schema(), indent=2))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from cv_factory_ops.serving.app import serve
+
+    serve(Path(options.model), options.host, options.port)
+    return 0
+
+
+def _endpoint(options: argparse.Namespace) -> int:
+    from cv_factory_ops.deploy.local import serve
+
+    serve(Path(options.state), options.host, options.port)
+    return 0
+
+
+def _keep_traceback() -> Path:
+    handle, name = tempfile.mkstemp(prefix="cvf-", suffix=".log")
+    with open(handle, "w", encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+    return Path(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

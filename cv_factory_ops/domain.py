@@ -1,0 +1,113 @@
+"""The one outer seam: a domain teaches the platform to read its studies, and ships as a package of its own.
+
+A domain registers itself under the entry point group ``cv_factory_ops.domains``
+(``medical = "domain_medical:DOMAIN"``). Also here: the keyed pseudonyms that every domain uses instead of identities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from cv_factory_ops.config import home
+from cv_factory_ops.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Metadata = Mapping[str, str | float | None]
+Kind = Literal["number", "category"]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One image with what may be known of it; nothing in it identifies a person."""
+
+    image: NDArray[np.float32]
+    """(rows, columns), 0 (black) .. 1 (white) as a viewer would show it."""
+    patient: str = ""
+    """Pseudonym of the patient; empty where the format has none."""
+    study: str = ""
+    """Pseudonym of the study; empty where the format has none."""
+    metadata: Metadata = field(default_factory=dict)
+    """Values of the domain's ``metadata`` names; None where missing."""
+
+
+class Domain(Protocol):
+    """What a domain package provides."""
+
+    name: str
+    content_type: str
+    """MIME type of its studies in requests."""
+    metadata: Mapping[str, Kind]
+    """Non-identifying fields that drift is watched on."""
+
+    def recognises(self, data: bytes) -> bool:
+        """Whether these bytes look like a study of this domain (by signature, without decoding)."""
+
+    def decode(self, data: bytes) -> Decoded:
+        """Pixels as shown and non-identifying metadata.
+
+        Raises:
+            Rejected: the study cannot be used; the message quotes nothing that could identify a person.
+        """
+
+    def require_deidentified(self, data: bytes) -> None:
+        """Accept only studies that say they are de-identified.
+
+        Raises:
+            Rejected: code ``identified``; the sender must de-identify first.
+        """
+
+    def deidentify(self, data: bytes) -> bytes:
+        """The same study without identity: pseudonyms in place of identifiers, marked as de-identified."""
+
+    def generate(self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str]) -> None:
+        """Write synthetic studies and ``labels.csv`` (columns ``file``, ``label``) below a directory."""
+
+
+def open_domain(name: str) -> Domain:
+    """The installed domain of that name.
+
+    Raises:
+        ConfigError: no installed package provides it.
+    """
+    found = {point.name: point for point in entry_points(group="cv_factory_ops.domains")}
+    if name not in found:
+        raise ConfigError(f"domain: {name!r} given; installed: {', '.join(sorted(found)) or 'none'}")
+    domain: Domain = found[name].load()
+    return domain
+
+
+def pseudonym(value: str, purpose: str) -> str:
+    """Keyed, one-way replacement of an identifier: the same value and purpose give the same 24 hexadecimal digits.
+
+    HMAC-SHA256 (RFC 2104) under the key in ``CVF_PSEUDONYM_KEY``, or in ``var/pseudonym.key``, which is created when
+    missing. Without the key the identifier cannot be found by trying all of them.
+    """
+    return hmac.new(_key(), f"{purpose}\0{value}".encode(), hashlib.sha256).hexdigest()[:24]
+
+
+def _key() -> bytes:
+    if given := os.environ.get("CVF_PSEUDONYM_KEY"):
+        return given.encode()
+    path = home() / "var" / "pseudonym.key"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    if not path.exists():
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+        try:
+            os.link(draft, path)  # fails where another process was first: then its key is the key
+        except FileExistsError:
+            pass
+        draft.unlink()
+    return path.read_bytes()

@@ -1,0 +1,54 @@
+"""Every error this project raises on purpose, with the exit code that says what a retry would do.
+
+    CvFactoryError
+    +-- ConfigError        2   the configuration is wrong: a retry changes nothing
+    +-- DataError          3   the data is wrong: a retry changes nothing
+    |   +-- Rejected       3   one item is wrong: it goes to quarantine, the stage goes on
+    +-- GateRefused        4   a gate said no: the challenger is not good enough
+    +-- Unavailable       75   a service, a disk or a peer is not ready: try again
+
+The numbers are part of the stage contract: operators, pods and shell scripts act on them.
+"""
+
+from typing import ClassVar
+
+
+class CvFactoryError(Exception):
+    """A failure that is explained in one line; ``str(error)`` is that line."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(CvFactoryError):
+    """The configuration is wrong; the message names the field, what was given and what is allowed."""
+
+    exit_code = 2
+
+
+class DataError(CvFactoryError):
+    """The data is wrong or missing; the message names the path and what was expected."""
+
+    exit_code = 3
+
+
+class Rejected(DataError):
+    """One item cannot be used. ``code`` is the machine-readable reason, the message the readable one.
+
+    The message must not quote anything from the item that could identify a person.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class GateRefused(CvFactoryError):
+    """A gate refused the challenger; champion and endpoint stay as they are."""
+
+    exit_code = 4
+
+
+class Unavailable(CvFactoryError):
+    """Something outside is not ready (service, disk space, rollout in progress); a retry may succeed."""
+
+    exit_code = 75

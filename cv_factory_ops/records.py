@@ -1,0 +1,181 @@
+"""The frozen records that stages hand to each other: small, versioned with the code, never data.
+
+A stage writes ``<run>/<stage>/result.json``, a :class:`Result` around its own record. Paths inside a record are
+URIs (``file://`` or ``s3://``), digests are SHA-256 in hexadecimal, scores and shares lie in 0..1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Frozen(BaseModel):
+    """Base of records and configuration: immutable, unknown fields refused, docstrings are descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Record(Frozen):
+    """What a stage found out. ``summary`` is the one line shown in the task log, the CLI and the demo's table."""
+
+    stage: ClassVar[str]
+    summary: str
+    links: dict[str, str] = {}
+    """Named pages for people: ``mlflow`` (run page), ``report`` (drift report)."""
+
+
+class Result(Frozen):
+    """The envelope that the stage runner writes around a record."""
+
+    stage: str
+    run: str
+    """URI of the run directory."""
+    inputs_digest: str
+    """Digest of the configuration sections and of the earlier records that this result was made from."""
+    seconds: float
+    """Wall time of the stage's own work."""
+    record: dict[str, Any]
+
+
+class IngestRecord(Record):
+    """``manifest.parquet`` has a row an accepted image; ``images-*.parquet`` hold the pixels; ``quarantine.jsonl`` the rest."""
+
+    stage = "ingest"
+    accepted: int
+    quarantined: int
+    quarantine_reasons: dict[str, int]
+    splits: dict[str, int]
+    """Images in each of ``train``, ``val``, ``test``, ``recent`` (held-out newly captured studies) and ``reserve``."""
+    captured: int
+    """Images that came from captured requests with late labels."""
+    data_digest: str
+    """Digest of the manifest: ids, labels, splits and pixel digests."""
+    test_digest: str
+    """Digest of the sorted pixel digests of the locked test set."""
+
+
+class PreprocessRecord(Record):
+    """``<split>.npy`` (uint16, N x H x W, 0..65535 is 0..1) and ``<split>.parquet`` (the same N rows of the manifest)."""
+
+    stage = "preprocess"
+    counts: dict[str, int]
+    mean: float
+    """Mean intensity of the training split, in 0..1."""
+    std: float
+    shards_digest: str
+
+
+class TrainRecord(Record):
+    """``bundle/`` is the model bundle."""
+
+    stage = "train"
+    bundle: str
+    bundle_digest: str
+    mlflow_run_id: str
+    epochs: int
+    best_epoch: int
+    val_auc: float
+    images_per_second: float
+    world_size: int
+
+
+class EvaluateRecord(Record):
+    """``predictions.parquet`` (challenger and, where there is one, champion, on the same images) and the pictures."""
+
+    stage = "evaluate"
+    predictions: str
+    metrics: dict[str, float]
+    """On the locked test set: ``auc``, ``accuracy``, ``sensitivity``, ``specificity`` at the bundle's threshold."""
+    champion_metrics: dict[str, float]
+    """The champion's on the same images; empty where there is no champion yet."""
+    recent_metrics: dict[str, float]
+    """On held-out newly captured studies; empty where there are none."""
+    champion_recent_metrics: dict[str, float]
+    champion_version: int | None
+    pictures: list[str]
+
+
+class GateRecord(Record):
+    """The verdict with its numbers."""
+
+    stage = "gate"
+    verdict: Literal["passed", "refused"]
+    metric: str
+    challenger: float
+    champion: float | None
+    difference_low: float | None
+    """Lower end of the paired bootstrap interval of challenger minus champion."""
+    reasons: list[str]
+    test_digest: str
+
+
+class RegisterRecord(Record):
+    stage = "register"
+    model_name: str
+    model_version: int
+    mlflow_run_id: str
+    bundle: str
+    bundle_digest: str
+
+
+class DeployRecord(Record):
+    stage = "deploy"
+    endpoint_name: str
+    endpoint_config_name: str
+    model_name: str
+    bundle_digest: str
+    previous_config_name: str | None
+
+
+class VerifyRecord(Record):
+    """What the live endpoint said of itself after the rollout."""
+
+    stage = "verify"
+    endpoint_name: str
+    endpoint_config_name: str
+    status: str
+    bundle_digest: str
+
+
+class PromoteRecord(Record):
+    stage = "promote"
+    model_name: str
+    model_version: int
+    previous_version: int | None
+    bundle_digest: str
+
+
+class DriftRecord(Record):
+    """``report.html`` and ``report.json`` are Evidently's; ``features.parquet`` the window's features."""
+
+    stage = "drift"
+    verdict: Literal["drift", "no drift", "not enough data"]
+    requests: int
+    window_start: str
+    """Last capture position already consumed before this window (exclusive); empty at the first window."""
+    window_end: str
+    drifted: dict[str, float]
+    """Drifted feature -> p-value."""
+    alpha: float
+    bundle_digest: str
+    report: str | None
+
+
+class DecideRecord(Record):
+    stage = "decide"
+    retrain: bool
+    reason: str
+    decision: str
+    """URI of the stored decision."""
+
+
+class PredictRecord(Record):
+    """``predictions.jsonl`` has a line a study; ``quarantine.jsonl`` the ones that could not be read."""
+
+    stage = "predict"
+    predicted: int
+    quarantined: int
+    bundle_digest: str
+    predictions: str

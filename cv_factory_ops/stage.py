@@ -1,0 +1,227 @@
+"""The stage contract: ``cvf <stage> --config FILE --run URI``.
+
+A stage reads the records of earlier stages under the run, works in a private folder, and publishes that folder together
+with its own record in one atomic step. The same inputs give the stored result without working again; a killed stage leaves
+nothing half done; a second start of a running stage waits for the first and returns its result.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+import cv_factory_ops
+from cv_factory_ops import storage
+from cv_factory_ops.config import ProjectConfig, home
+from cv_factory_ops.domain import Domain, open_domain
+from cv_factory_ops.errors import DataError
+from cv_factory_ops.records import Record, Result
+
+log = logging.getLogger("cvf")
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Which function does a stage's work, and what its result depends on."""
+
+    work: str
+    """``module:function`` below this package, taking the :class:`Stage` and returning its record; imported when it runs."""
+    help: str
+    reads: tuple[str, ...]
+    """Earlier stages whose records it reads."""
+    sections: tuple[str, ...]
+    """Fields of the project's configuration that it depends on."""
+    fingerprint: str = ""
+    """``module:function`` that digests what it reads from outside the run, taking the :class:`Stage`."""
+
+
+STAGES = {
+    "ingest": Spec(
+        "ingestion.ingest:run",
+        "read, check and split the images",
+        (),
+        ("project", "domain", "labels", "data", "splits"),
+        "ingestion.ingest:fingerprint",
+    ),
+    "preprocess": Spec("preprocessing.shards:run", "write the training shards", ("ingest",), ("preprocessing",)),
+    "train": Spec(
+        "training.train:run",
+        "train with DDP, write the model bundle",
+        ("ingest", "preprocess"),
+        ("project", "domain", "labels", "preprocessing", "model", "training", "mlflow"),
+    ),
+    "evaluate": Spec(
+        "evaluation.evaluate:run", "measure challenger and champion", ("ingest", "preprocess", "train"), ("mlflow",)
+    ),
+    "gate": Spec("evaluation.gate:run", "decide whether the challenger may be registered", ("ingest", "evaluate"), ("gate",)),
+    "register": Spec(
+        "registry:register", "register the model version in MLflow", ("ingest", "train", "evaluate", "gate"), ("mlflow",)
+    ),
+    "deploy": Spec("deploy.sagemaker:run", "roll the version out to the endpoint", ("register",), ("deploy",)),
+    "verify": Spec("deploy.verify:run", "compare the live endpoint with what was asked", ("register", "deploy"), ("deploy",)),
+    "promote": Spec("registry:promote", "move the alias champion", ("ingest", "register", "verify"), ("mlflow",)),
+    "drift": Spec("drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow")),
+    "decide": Spec("drift.decide:run", "decide whether to retrain, and store why", ("drift",), ("decision",)),
+    "predict": Spec("batch:run", "run the champion over a batch of studies", (), ("batch", "data", "mlflow")),
+}
+
+TRAINING = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "deploy", "verify", "promote")
+"""The stages of a training, in order."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage's code is given."""
+
+    name: str
+    config: ProjectConfig
+    run: str
+    """URI of the run directory."""
+    workspace: Path
+    """Local folder of this run that survives a crash; only this machine sees it when the run lies on S3."""
+
+    @property
+    def out(self) -> Path:
+        """Private folder that becomes ``<run>/<stage>/`` when the stage is done."""
+        return self.workspace / f".{self.name}.work"
+
+    def uri(self, *names: str) -> str:
+        """Where a file of :attr:`out` will be found once it is published."""
+        return "/".join((self.run, self.name, *names))
+
+    def read(self, record: type[R]) -> R:
+        """The record of an earlier stage of this run.
+
+        Raises:
+            DataError: that stage has not run yet, or its record is of another version.
+        """
+        return record.model_validate(read_result(self.run, record.stage).record)
+
+    def local(self, uri: str) -> Path:
+        """A local path with the content of a file or tree of the storage."""
+        return storage.local(uri, self.workspace / ".downloads")
+
+    @cached_property
+    def domain(self) -> Domain:
+        return open_domain(self.config.domain)
+
+
+def read_result(run: str, name: str) -> Result:
+    """The published result of a stage.
+
+    Raises:
+        DataError: there is none, or it is of another version.
+    """
+    uri = f"{run}/{name}/result.json"
+    if not storage.exists(uri):
+        raise DataError(f"{uri}: is not there; run `cvf {name}` with the same --config and --run first")
+    try:
+        return Result.model_validate_json(storage.read_bytes(uri))
+    except ValidationError:
+        raise DataError(f"{uri}: was written by another version; run `cvf {name} --force`") from None
+
+
+def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False) -> Result:
+    """Run a stage, or return its stored result where nothing that it depends on has changed.
+
+    Raises:
+        CvFactoryError: with the exit code that says what a retry would do.
+    """
+    spec = STAGES[name]
+    stage = Stage(name, config, run, _workspace(run))
+    with _alone(stage):
+        digest = _inputs_digest(stage, spec)
+        if not force and (stored := _stored(stage, digest)):
+            log.info("%s: nothing has changed: %s", name, stored.record["summary"])
+            return stored
+        shutil.rmtree(stage.out, ignore_errors=True)
+        stage.out.mkdir(parents=True)
+        try:
+            started = time.monotonic()
+            record: Record = _function(spec.work)(stage)
+            result = Result(
+                stage=name,
+                run=run,
+                inputs_digest=digest,
+                seconds=round(time.monotonic() - started, 3),
+                record=record.model_dump(mode="json"),
+            )
+            _publish(stage, result)
+        except OSError as error:
+            raise storage.explained_os_error(error, str(error.filename or stage.out)) from error
+        finally:
+            shutil.rmtree(stage.out, ignore_errors=True)
+    log.info("%s: %s (%.1f s)", name, record.summary, result.seconds)
+    return result
+
+
+def _function(name: str) -> Callable[[Stage], Any]:
+    module, _, function = name.partition(":")
+    work: Callable[[Stage], Any] = getattr(importlib.import_module(f"cv_factory_ops.{module}"), function)
+    return work
+
+
+def _workspace(run: str) -> Path:
+    path = storage.path_of(run) or home() / "var" / "work" / hashlib.sha256(run.encode()).hexdigest()[:16]
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def _alone(stage: Stage) -> Iterator[None]:
+    """One process at a time works on a stage of a run; the kernel frees the lock however the process ends."""
+    with (stage.workspace / f".{stage.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: already running for this run; waiting for it", stage.name)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _inputs_digest(stage: Stage, spec: Spec) -> str:
+    settings = stage.config.model_dump(mode="json", include=set(spec.sections))
+    records = {name: read_result(stage.run, name).record for name in spec.reads}
+    outside = _function(spec.fingerprint)(stage) if spec.fingerprint else ""
+    text = json.dumps([cv_factory_ops.__version__, stage.name, settings, records, outside], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stored(stage: Stage, digest: str) -> Result | None:
+    if not storage.exists(f"{stage.run}/{stage.name}/result.json"):
+        return None
+    try:
+        result = read_result(stage.run, stage.name)
+    except DataError:
+        return None
+    return result if result.inputs_digest == digest else None
+
+
+def _publish(stage: Stage, result: Result) -> None:
+    (stage.out / "result.json").write_text(result.model_dump_json(indent=2), encoding="utf-8")
+    target = storage.path_of(stage.uri())
+    if target is None:
+        storage.delete_tree(stage.uri("result.json"))
+        storage.upload_tree(stage.out, f"{stage.run}/{stage.name}", last="result.json")
+        return
+    if target.exists():
+        old = stage.workspace / f".{stage.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    os.rename(stage.out, target)
+    shutil.rmtree(stage.workspace / f".{stage.name}.old", ignore_errors=True)

@@ -1,0 +1,244 @@
+"""Files under ``file://`` and ``s3://`` URIs: atomic writes, whole trees, digests.
+
+A written object appears whole or not at all: on a file system by rename after fsync, on S3 because an upload (multipart
+from 8 MiB) only becomes visible when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cv_factory_ops.errors import ConfigError, DataError, Unavailable
+
+
+def path_of(uri: str) -> Path | None:
+    """The local path of a ``file://`` URI, None for ``s3://``.
+
+    Raises:
+        ConfigError: any other scheme.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    match parts.scheme:
+        case "file":
+            return Path(urllib.parse.unquote(parts.path))
+        case "s3":
+            return None
+        case _:
+            raise ConfigError(f"{uri}: scheme {parts.scheme or 'none'!r} given; allowed: file://, s3://")
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of one object.
+
+    Raises:
+        DataError: there is no such object or bucket.
+        Unavailable: the store does not answer.
+    """
+    with _explained(uri):
+        if path := path_of(uri):
+            return path.read_bytes()
+        bucket, key = _bucket_key(uri)
+        content: bytes = _s3().get_object(Bucket=bucket, Key=key)["Body"].read()
+        return content
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write one object, atomically."""
+    with _explained(uri):
+        if path := path_of(uri):
+            _write_file(path, content)
+        else:
+            bucket, key = _bucket_key(uri)
+            _s3().put_object(Bucket=bucket, Key=key, Body=content)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object at exactly this URI."""
+    with _explained(uri):
+        if path := path_of(uri):
+            return path.is_file()
+        bucket, key = _bucket_key(uri)
+        from botocore.exceptions import ClientError
+
+        try:
+            _s3().head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error.response["Error"]["Code"] in {"404", "NoSuchKey"}:
+                return False
+            raise
+        return True
+
+
+def listing(uri: str, after: str = "") -> Iterator[str]:
+    """Names of all objects below a directory or prefix, relative to it, sorted, those greater than ``after``."""
+    with _explained(uri):
+        if path := path_of(uri):
+            names: Iterator[str] = iter(sorted(str(item.relative_to(path)) for item in path.rglob("*") if item.is_file()))
+        else:
+            bucket, key = _bucket_key(uri)
+            names = _s3_names(bucket, key + "/")
+        for name in names:
+            if name > after:
+                yield name
+
+
+def upload_tree(folder: Path, uri: str, last: str | None = None) -> None:
+    """Copy a folder's files below a URI; ``last`` names the file that is written after all others."""
+    names = sorted(str(item.relative_to(folder)) for item in folder.rglob("*") if item.is_file())
+    for name in sorted(names, key=lambda item: item == last):
+        upload_file(folder / name, f"{uri}/{name}")
+
+
+def upload_file(path: Path, uri: str) -> None:
+    """Copy one local file to a URI, atomically; large files go to S3 in parts."""
+    with _explained(uri):
+        if target := path_of(uri):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = target.with_name(f".{target.name}.{os.getpid()}")
+            shutil.copyfile(path, draft)
+            os.replace(draft, target)
+        else:
+            bucket, key = _bucket_key(uri)
+            _s3().upload_file(str(path), bucket, key)
+
+
+def local(uri: str, below: Path) -> Path:
+    """A local path with the content of a file or tree: the path itself for ``file://``, a copy under ``below`` for S3.
+
+    Raises:
+        DataError: there is nothing at that URI.
+    """
+    with _explained(uri):
+        if path := path_of(uri):
+            if not path.exists():
+                raise DataError(f"{uri}: is not there")
+            return path
+        target = below / hashlib.sha256(uri.encode()).hexdigest()[:16] / uri.rsplit("/", 1)[1]
+        if not target.exists():
+            _download(uri, target)
+        return target
+
+
+def delete_tree(uri: str) -> None:
+    """Remove a tree or an object; nothing there is fine."""
+    with _explained(uri):
+        if path := path_of(uri):
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        else:
+            bucket, key = _bucket_key(uri)
+            for name in list(_s3_names(bucket, key)):
+                _s3().delete_object(Bucket=bucket, Key=key + name)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_digest(folder: Path) -> str:
+    """SHA-256 over the sorted relative names and SHA-256 digests of a folder's files."""
+    lines = [f"{item.relative_to(folder).as_posix()} {sha256(item)}\n" for item in sorted(folder.rglob("*")) if item.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def _download(uri: str, target: Path) -> None:
+    bucket, key = _bucket_key(uri)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    if exists(uri):
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        _s3().download_file(bucket, key, str(draft))
+    else:
+        names = list(_s3_names(bucket, key + "/"))
+        if not names:
+            raise DataError(f"{uri}: is not there")
+        for name in names:
+            file = draft / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _s3().download_file(bucket, f"{key}/{name}", str(file))
+    try:
+        os.replace(draft, target)
+    except OSError:  # another process of this machine was first
+        delete_tree(draft.as_uri())
+
+
+def _bucket_key(uri: str) -> tuple[str, str]:
+    parts = urllib.parse.urlsplit(uri)
+    return parts.netloc, parts.path.lstrip("/")
+
+
+def _s3_names(bucket: str, prefix: str) -> Iterator[str]:
+    for page in _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for item in page.get("Contents", []):
+            yield item["Key"][len(prefix) :]
+
+
+@cache
+def _s3() -> Any:
+    import boto3
+
+    return boto3.client("s3")
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Turn what file systems and S3 raise into one line of ours."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DataError(f"{uri}: is not there") from None
+    except OSError as error:
+        raise explained_os_error(error, uri) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in {"botocore", "boto3", "s3transfer"}:
+            raise
+        raise _explained_aws_error(error, uri) from None
+
+
+def explained_os_error(error: OSError, place: str) -> DataError | Unavailable:
+    """Disk full and the like may pass (75); a missing permission does not (3)."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return Unavailable(f"{place}: no space left on the disk; free some and try again")
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return DataError(f"{place}: {os.strerror(error.errno).lower()}")
+    return Unavailable(f"{place}: {error.strerror or error}")
+
+
+def _explained_aws_error(error: Exception, uri: str) -> DataError | Unavailable | ConfigError:
+    response: dict[str, Any] = getattr(error, "response", {})
+    code = str(response.get("Error", {}).get("Code", ""))
+    match code:
+        case "NoSuchBucket":
+            return DataError(f"{uri}: the bucket does not exist")
+        case "404" | "NoSuchKey":
+            return DataError(f"{uri}: is not there")
+        case "403" | "AccessDenied" | "InvalidAccessKeyId" | "SignatureDoesNotMatch":
+            return DataError(f"{uri}: access is denied; check the credentials and the bucket policy")
+    if type(error).__name__ in {"NoCredentialsError", "NoRegionError", "PartialCredentialsError"}:
+        return ConfigError(f"{uri}: {error}; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION, or a profile")
+    return Unavailable(f"{uri}: S3 answered {code or type(error).__name__}")
