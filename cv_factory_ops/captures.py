@@ -21,6 +21,9 @@ from cv_factory_ops.config import ProjectConfig
 
 log = logging.getLogger("cvf")
 
+PROBE = "verify-"
+"""Inference ids of the platform's own test requests begin with this; :func:`read` leaves those out."""
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -69,7 +72,7 @@ def read(config: ProjectConfig, after: str = "") -> Iterator[Capture]:
             continue
         for number, line in enumerate(storage.read_bytes(f"{root}/{names[place]}").splitlines()):
             position = f"{place}#{number:06d}"
-            if position > after and (capture := _decode(position, line)):
+            if position > after and (capture := _decode(position, line)) and not capture.inference_id.startswith(PROBE):
                 yield capture
 
 
@@ -82,11 +85,14 @@ def add_labels(config: ProjectConfig, labels: Mapping[str, str]) -> str:
     return uri
 
 
-def read_labels(config: ProjectConfig) -> dict[str, str]:
-    """All late labels, ``{inference id: label}``; a later file corrects an earlier one."""
+def read_labels(config: ProjectConfig, after: str = "") -> dict[str, str]:
+    """Late labels, ``{inference id: label}``; a later file corrects an earlier one.
+
+    ``after`` is a UTC time like ``20260131T235959000000``: only labels that arrived later are read.
+    """
     root = f"{config.root}/labels"
     labels: dict[str, str] = {}
-    for name in storage.listing(root):
+    for name in storage.listing(root, after):
         for line in storage.read_bytes(f"{root}/{name}").splitlines():
             item = json.loads(line)
             labels[item["inference_id"]] = item["label"]

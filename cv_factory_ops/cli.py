@@ -10,13 +10,11 @@ import argparse
 import logging
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv_factory_ops
-from cv_factory_ops.errors import CvFactoryError
+from cv_factory_ops.errors import CvFactoryError, unexpected
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        print(f"cvf {options.name}: unexpected {type(error).__name__}; details in {_keep_traceback()}", file=sys.stderr)
+        print(f"cvf {options.name}: {unexpected(error)}", file=sys.stderr)
         return 1
 
 
@@ -132,13 +130,6 @@ def _endpoint(options: argparse.Namespace) -> int:
 
     serve(Path(options.state), options.host, options.port)
     return 0
-
-
-def _keep_traceback() -> Path:
-    handle, name = tempfile.mkstemp(prefix="cvf-", suffix=".log")
-    with open(handle, "w", encoding="utf-8") as file:
-        traceback.print_exc(file=file)
-    return Path(name)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,8 @@ class ProjectConfig(Frozen):
     labels: list[str] = Field(min_length=2)
     """Class names in the order of the model's outputs; with two, the second is the positive one."""
     storage: str = "var/storage"
-    """Root of everything the project keeps: a directory, ``file://`` or ``s3://bucket/prefix``. ``CVF_STORAGE`` overrides it."""
+    """Root of everything the project keeps: a directory, ``file://`` or ``s3://bucket/prefix``. ``CVF_STORAGE``
+    overrides it."""
     tags: list[str] = []
     """Further tags of the project's DAGs."""
     data: DataConfig
@@ -362,13 +363,9 @@ def _explain_one(item: Mapping[str, Any], model: type[BaseModel]) -> str:
         case "literal_error":
             return f"{path}: {item['input']!r} given; allowed: {context['expected']}"
         case _:
-            given = (
-                item["input"]
-                if isinstance(item["input"], (str, int, float, bool, type(None)))
-                else type(item["input"]).__name__
-            )
+            given = "a mapping" if isinstance(item["input"], dict) else repr(item["input"])[:60]
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            return f"{path or 'project'}: {given!r} given; allowed: {message}"
+            return f"{path or 'project'}: {given} given; allowed: {message}"
 
 
 def _submodels(annotation: Any) -> list[type[BaseModel]]:

@@ -6,6 +6,7 @@ A domain registers itself under the entry point group ``cv_factory_ops.domains``
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -105,9 +106,7 @@ def _key() -> bytes:
     if not path.exists():
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32))
-        try:
-            os.link(draft, path)  # fails where another process was first: then its key is the key
-        except FileExistsError:
-            pass
+        with contextlib.suppress(FileExistsError):  # another process was first: then its key is the key
+            os.link(draft, path)
         draft.unlink()
     return path.read_bytes()

@@ -10,6 +10,8 @@
 The numbers are part of the stage contract: operators, pods and shell scripts act on them.
 """
 
+import tempfile
+import traceback
 from typing import ClassVar
 
 
@@ -52,3 +54,13 @@ class Unavailable(CvFactoryError):
     """Something outside is not ready (service, disk space, rollout in progress); a retry may succeed."""
 
     exit_code = 75
+
+
+def unexpected(error: Exception) -> str:
+    """One line for an error that nobody foresaw: its kind, and the file in which its traceback is kept.
+
+    The error's own words stay in that file: they may quote data.
+    """
+    with tempfile.NamedTemporaryFile("w", prefix="cvf-", suffix=".log", delete=False, encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    return f"unexpected {type(error).__name__}; details in {file.name}"

@@ -20,9 +20,10 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, mean: float, std: float) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, classes: int, mean: float, std: float) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
+        self.classes = classes
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
@@ -57,7 +58,7 @@ def _small_cnn(config: SmallCnn, classes: int, mean: float, std: float) -> Class
         ]
         channels = features
     backbone = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Classifier(backbone, nn.Sequential(nn.Dropout(config.dropout), nn.Linear(channels, classes)), mean, std)
+    return Classifier(backbone, nn.Sequential(nn.Dropout(config.dropout), nn.Linear(channels, classes)), classes, mean, std)
 
 
 def _resnet(config: ResNet, classes: int, mean: float, std: float) -> Classifier:
@@ -73,4 +74,4 @@ def _resnet(config: ResNet, classes: int, mean: float, std: float) -> Classifier
         shortcut_type="B",
     )
     head, network.fc = network.fc, nn.Identity()
-    return Classifier(network, head, mean, std)
+    return Classifier(network, head, classes, mean, std)

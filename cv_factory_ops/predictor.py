@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.domain import Decoded
+from cv_factory_ops.models import Classifier
 from cv_factory_ops.preprocessing.pipeline import prepare
 from cv_factory_ops.preprocessing.statistics import STATISTICS, image_statistics
 from cv_factory_ops.records import Frozen
@@ -49,23 +50,16 @@ class Predictor:
         probabilities, embedding = self.forward(prepared)
         components = self._pca.transform(embedding)
         predictions = [
-            self._prediction(probabilities[i], self.features(study, prepared[i], probabilities[i], components[i]))
+            self._prediction(
+                probabilities[i], features(image_statistics(prepared[i]), study.metadata, components[i], probabilities[i])
+            )
             for i, study in enumerate(studies)
         ]
         return Answer(predictions=predictions, bundle_digest=self.bundle.digest)
 
-    @torch.inference_mode()
-    def forward(self, prepared: NDArray[np.uint16], batch_size: int = 64) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def forward(self, prepared: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(N, size, size) prepared images -> probabilities (N, classes) and embedding (N, features)."""
-        parts = [self._network(to_tensor(batch)) for batch in _batches(prepared, batch_size)]
-        logits, embedding = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        return logits.softmax(1).numpy(), embedding.numpy()
-
-    def features(
-        self, study: Decoded, prepared: NDArray[np.uint16], probabilities: NDArray[np.float32], components: NDArray[np.float64]
-    ) -> dict[str, str | float | None]:
-        """Image statistics, the domain's metadata, embedding components, score and entropy of one image."""
-        return features(image_statistics(prepared), study.metadata, components, probabilities)
+        return infer(self._network, prepared)
 
     def _prediction(self, probabilities: NDArray[np.float32], values: dict[str, str | float | None]) -> Prediction:
         labels = self.manifest.labels
@@ -79,13 +73,23 @@ class Predictor:
         return Prediction(label=label, score=round(score, 6), scores=scores, features=values)
 
 
+@torch.inference_mode()
+def infer(
+    network: Classifier, prepared: NDArray[np.uint16], batch_size: int = 64
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(N, size, size) prepared images -> probabilities (N, classes) and embedding (N, features), in batches."""
+    parts = [network(to_tensor(prepared[start : start + batch_size])) for start in range(0, len(prepared), batch_size)]
+    logits, embedding = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    return logits.softmax(1).numpy(), embedding.numpy()
+
+
 def features(
     statistics: Mapping[str, float],
     metadata: Mapping[str, str | float | None],
     components: NDArray[np.float64],
     probabilities: NDArray[np.float32],
 ) -> dict[str, str | float | None]:
-    """The features of one image under the names that :func:`feature_kinds` lists."""
+    """The features of one image under their names: ``image_*``, ``metadata_*``, ``embedding_*``, ``score``, ``entropy``."""
     values: dict[str, str | float | None] = {f"image_{name}": round(statistics[name], 6) for name in STATISTICS}
     values |= {f"metadata_{name}": value for name, value in metadata.items()}
     values |= {f"embedding_{i}": round(float(value), 6) for i, value in enumerate(components)}
@@ -97,8 +101,3 @@ def features(
 def to_tensor(prepared: NDArray[np.uint16]) -> torch.Tensor:
     """(N, H, W) uint16, 0..65535 -> (N, 1, H, W) float32, 0..1"""
     return torch.from_numpy(prepared.astype(np.float32)).div_(65535.0).unsqueeze(1)
-
-
-def _batches(prepared: NDArray[np.uint16], size: int) -> Iterator[NDArray[np.uint16]]:
-    for start in range(0, len(prepared), size):
-        yield prepared[start : start + size]

@@ -94,6 +94,10 @@ class EvaluateRecord(Record):
     """On held-out newly captured studies; empty where there are none."""
     champion_recent_metrics: dict[str, float]
     champion_version: int | None
+    champion_test_digest: str | None
+    threshold: float
+    """Operating point of the challenger, chosen on validation."""
+    champion_threshold: float | None
     pictures: list[str]
 
 
@@ -106,7 +110,8 @@ class GateRecord(Record):
     challenger: float
     champion: float | None
     difference_low: float | None
-    """Lower end of the paired bootstrap interval of challenger minus champion."""
+    """Lower end of the paired bootstrap interval of challenger minus champion; None without a champion."""
+    difference_high: float | None
     reasons: list[str]
     test_digest: str
 

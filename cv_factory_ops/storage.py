@@ -147,6 +147,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def tree_digest(folder: Path) -> str:
     """SHA-256 over the sorted relative names and SHA-256 digests of a folder's files."""
     lines = [f"{item.relative_to(folder).as_posix()} {sha256(item)}\n" for item in sorted(folder.rglob("*")) if item.is_file()]

@@ -19,14 +19,16 @@ def prepare(image: NDArray[np.float32], config: PreprocessingConfig) -> NDArray[
     if square.shape[0] != config.size:
         shrinking = config.size < square.shape[0]
         square = cv2.resize(square, (config.size, config.size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
-    return np.rint(np.clip(square, 0.0, 1.0) * 65535.0).astype(np.uint16)
+    prepared: NDArray[np.uint16] = np.rint(np.clip(square, 0.0, 1.0) * 65535.0).astype(np.uint16)
+    return prepared
 
 
 def _clip(image: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
     if (low, high) == (0.0, 1.0):
         return image
     bottom, top = np.quantile(image, [low, high])
-    return ((image - bottom) / max(top - bottom, 1e-6)).astype(np.float32)
+    clipped: NDArray[np.float32] = ((image - bottom) / max(top - bottom, 1e-6)).astype(np.float32)
+    return clipped
 
 
 def _pad_to_square(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,0 +1,239 @@
+"""A SageMaker-compatible endpoint on this machine: the control plane and the runtime on one port, for unmodified AWS clients.
+
+``cvf endpoint`` runs it; :func:`ensure_running` starts it where nothing answers yet. Its state directory holds the
+resources (JSON), the unpacked models with their logs, and captures on their way to their destination.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import time
+import urllib.parse
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from cv_factory_ops import captures
+from cv_factory_ops.deploy.control_plane import ACCOUNT, ControlPlane, ServiceError
+from cv_factory_ops.deploy.spool import Spool
+from cv_factory_ops.deploy.variants import NotHealthy, Variant
+from cv_factory_ops.errors import Unavailable
+from cv_factory_ops.serving.server import LARGEST_BODY, listen, read_body, run
+
+log = logging.getLogger("cvf")
+
+START_SECONDS = 60
+FORWARDED = ("content-type", "accept", "x-amzn-sagemaker-custom-attributes")
+
+
+def serve(state: Path, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT; endpoints of an earlier run come back.
+
+    Raises:
+        Unavailable: another server works on this state directory, or the port is taken.
+    """
+    state = state.resolve()
+    with _alone(state), listen(host, port) as listener:
+        log.info("endpoint: SageMaker's control plane and runtime at http://%s:%d, state in %s", host, port, state)
+        run(create_app(state), listener)
+
+
+def ensure_running(url: str, state: Path) -> None:
+    """Start ``cvf endpoint`` in the background where nothing answers at the URL, and wait until it does.
+
+    Raises:
+        Unavailable: another program answers there, the address is not this machine's, or the server does not come up.
+    """
+    if _answers(url):
+        return
+    parts = urllib.parse.urlsplit(url)
+    if parts.hostname not in {"127.0.0.1", "localhost", "::1"}:
+        raise Unavailable(f"{url}: nothing answers there, and it is not this machine; start `cvf endpoint` on it")
+    state.mkdir(parents=True, exist_ok=True)
+    address = ("--host", parts.hostname, "--port", str(parts.port or 80))
+    with (state / "server.log").open("ab") as output:
+        process = subprocess.Popen(
+            (sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(state), *address),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if _answers(url):
+            return
+        if process.poll() is not None and not _answers(url):
+            raise Unavailable(f"{url}: the local endpoint did not start: {_last_line(state / 'server.log')}")
+        time.sleep(0.1)
+    raise Unavailable(f"{url}: the local endpoint did not answer within {START_SECONDS} s; see {state / 'server.log'}")
+
+
+def create_app(state: Path) -> Starlette:
+    """The application over a state directory: ``POST /``, ``POST /endpoints/<name>/invocations`` and ``GET /ping``."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.plane, app.state.spool = ControlPlane(state), Spool(state / "captures")
+        app.state.plane.restore()
+        yield
+        await app.state.plane.close()
+        await asyncio.to_thread(app.state.spool.close)
+
+    routes = [
+        Route("/", _control, methods=["POST"]),
+        Route("/endpoints/{name}/invocations", _invoke, methods=["POST"]),
+        Route("/ping", _ping),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+async def _ping(request: Request) -> Response:
+    plane: ControlPlane = request.app.state.plane
+    return JSONResponse({"endpoints": {item["EndpointName"]: item["EndpointStatus"] for item in plane.endpoints}})
+
+
+async def _control(request: Request) -> Response:
+    """One operation of the control plane: JSON 1.1, named by the header ``X-Amz-Target``."""
+    plane: ControlPlane = request.app.state.plane
+    service, _, name = request.headers.get("x-amz-target", "").partition(".")
+    try:
+        if service != "SageMaker" or name not in plane.operations:
+            raise ServiceError(f"The requested operation {name[:80]!r} is not recognized", "UnknownOperationException")
+        try:
+            given = json.loads(await request.body() or b"{}")
+        except ValueError:
+            raise ServiceError("The request is not JSON", "SerializationException") from None
+        answer, status = await plane.operations[name](given), 200
+    except ServiceError as error:
+        answer, status = {"__type": error.code, "message": str(error)}, error.status
+    return Response(json.dumps(answer), status, _request_id(), media_type="application/x-amz-json-1.1")
+
+
+async def _invoke(request: Request) -> Response:
+    """InvokeEndpoint: choose a variant, pass the request on, capture what succeeded."""
+    try:
+        body = await read_body(request)
+        if body is None:
+            raise ServiceError(f"The request body is larger than {LARGEST_BODY} bytes", "ValidationError", 413)
+        variant, capture = await _variant(request)
+        forwarded = {name: request.headers[name] for name in FORWARDED if name in request.headers}
+        answer = await _container_answer(variant, body, forwarded)
+    except ServiceError as error:
+        headers = {**_request_id(), "x-amzn-ErrorType": error.code}
+        return JSONResponse({"Message": str(error), **error.details}, error.status, headers)
+    if capture and capture.get("EnableCapture", True) and secrets.randbelow(100) < capture["InitialSamplingPercentage"]:
+        await asyncio.to_thread(_capture, request, capture, variant.name, body, answer)
+    headers = {**_request_id(), "x-Amzn-Invoked-Production-Variant": variant.name}
+    return Response(answer.content, 200, headers, answer.headers.get("content-type"))
+
+
+async def _variant(request: Request) -> tuple[Variant, Mapping[str, Any] | None]:
+    plane: ControlPlane = request.app.state.plane
+    name = request.path_params["name"]
+    fleet = await plane.fleet(name)
+    if fleet is None:
+        raise ServiceError(f"Endpoint {name} of account {ACCOUNT} not found.", "ValidationError")
+    wanted = request.headers.get("x-amzn-sagemaker-target-variant")
+    if (variant := fleet.choose(wanted)) is None:
+        raise ServiceError(f"Variant {wanted} of endpoint {name} not found.", "ValidationError")
+    return variant, fleet.capture
+
+
+async def _container_answer(variant: Variant, body: bytes, headers: dict[str, str]) -> httpx.Response:
+    try:
+        answer = await variant.invoke(body, headers)
+    except httpx.TimeoutException:
+        raise _model_error(variant, 0, "Your invocation timed out while waiting for a response from the container") from None
+    except (NotHealthy, httpx.TransportError):  # AWS clients try again by themselves
+        raise ServiceError(f"Variant {variant.name} is not ready", "ServiceUnavailable", 503) from None
+    if not answer.is_success:
+        raise _model_error(variant, answer.status_code, answer.text)
+    return answer
+
+
+def _model_error(variant: Variant, status: int, text: str) -> ServiceError:
+    side = "client" if 400 <= status < 500 else "server"
+    message = f'Received {side} error ({status}) from {variant.name} with message "{text}".'
+    details = {"OriginalStatusCode": status, "OriginalMessage": text}
+    return ServiceError(message, "ModelError", 424, details)
+
+
+def _capture(request: Request, config: Mapping[str, Any], variant: str, body: bytes, answer: httpx.Response) -> None:
+    line = captures.encode(
+        event_id=str(uuid.uuid4()),
+        inference_id=request.headers.get("x-amzn-sagemaker-inference-id", ""),
+        time=datetime.now(UTC),
+        request=body,
+        content_type=request.headers.get("content-type", ""),
+        answer=answer.content,
+        answer_type=answer.headers.get("content-type", ""),
+    )
+    modes = {option["CaptureMode"] for option in config["CaptureOptions"]}
+    if "InputAndOutput" not in modes and modes != {"Input", "Output"}:
+        content = json.loads(line)
+        content["captureData"].pop("endpointOutput" if "Input" in modes else "endpointInput")
+        line = json.dumps(content)
+    try:
+        request.app.state.spool.write(f"{config['DestinationS3Uri'].rstrip('/')}/{request.path_params['name']}/{variant}", line)
+    except OSError as error:  # the answer matters more
+        log.warning("captures: one was lost: %s", error)
+
+
+def _request_id() -> dict[str, str]:
+    return {"x-amzn-RequestId": str(uuid.uuid4())}
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """One server at a time works on a state directory; its file ``lock`` holds the process id."""
+    state.mkdir(parents=True, exist_ok=True)
+    with open(os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(f"{state}: another endpoint server works here (process {lock.read().strip()})") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _answers(url: str) -> bool:
+    """Whether our server answers there.
+
+    Raises:
+        Unavailable: another program does.
+    """
+    try:
+        answer = httpx.get(f"{url}/ping", timeout=5, trust_env=False)
+        if "endpoints" in answer.json():
+            return True
+    except httpx.ConnectError:
+        return False
+    except httpx.TimeoutException:
+        raise Unavailable(f"{url}: what listens there does not answer; try again") from None
+    except (httpx.HTTPError, ValueError, TypeError):
+        pass
+    raise Unavailable(f"{url}: another program answers there; stop it or choose another deploy.url")
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it wrote no reason"

@@ -1,0 +1,265 @@
+"""Stage ``deploy``: one model, one endpoint configuration and one endpoint a bundle, on Amazon SageMaker or on this machine.
+
+The same calls go to both; only the address, the role, the image and the credentials differ. Every name follows from the
+bundle's digest and the settings, so a retry after a crash between any two calls finds what is there and goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cv_factory_ops import captures, storage
+from cv_factory_ops.bundle import Bundle, pack
+from cv_factory_ops.config import Deploy, LocalDeploy, ProjectConfig, home
+from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable
+from cv_factory_ops.records import DeployRecord, RegisterRecord
+from cv_factory_ops.stage import Stage
+
+log = logging.getLogger("cvf")
+
+IN_PROGRESS = {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}
+LOCAL_REGION = "us-east-1"
+VARIANT = "AllTraffic"
+
+
+def run(stage: Stage) -> DeployRecord:
+    """Roll the registered bundle out to the project's endpoint, and wait until it serves.
+
+    Raises:
+        DataError: the bundle is not the registered one, or its container failed; the endpoint went back.
+        Unavailable: the service throttles, or the rollout takes longer than ``deploy.timeout``.
+    """
+    registered = stage.read(RegisterRecord)
+    config, digest = stage.config, registered.bundle_digest
+    with explained(config):
+        aws = session(config)
+        model_name = f"{config.endpoint_name}-{digest[:12]}"
+        config_name = f"{model_name}-{_settings_digest(config)}"
+        tags = {"project": config.project, "run": stage.run, "bundle-digest": digest}
+        _create_model(aws, config, model_name, _model_data(stage, registered), tags)
+        _create_endpoint_config(aws, config, config_name, model_name, tags)
+        previous = _roll_out(aws, config, config_name, tags)
+    return DeployRecord(
+        summary=f"endpoint {config.endpoint_name} serves model version {registered.model_version} (bundle {digest[:12]})",
+        endpoint_name=config.endpoint_name,
+        endpoint_config_name=config_name,
+        model_name=model_name,
+        bundle_digest=digest,
+        previous_config_name=previous,
+    )
+
+
+def session(config: ProjectConfig) -> Any:
+    """The boto3 session for the project's endpoint; the local endpoint is started when nothing answers at its address.
+
+    Raises:
+        ConfigError: no region is set (SageMaker).
+        Unavailable: the local endpoint cannot be started.
+    """
+    import boto3
+
+    if not isinstance(config.deploy, LocalDeploy):
+        aws = boto3.Session()
+        if aws.region_name is None:
+            raise ConfigError("deploy: no AWS region; set AWS_DEFAULT_REGION or a profile")
+        return aws
+    from cv_factory_ops.deploy.local import ensure_running
+
+    url = (os.environ.get("AWS_ENDPOINT_URL_SAGEMAKER") or config.deploy.url).rstrip("/")
+    ensure_running(url, home() / "var" / "endpoint")
+    aws = boto3.Session(aws_access_key_id="local", aws_secret_access_key="local", region_name=LOCAL_REGION)  # noqa: S106
+    # Every client of this session, those that sagemaker.core creates included, goes to the local endpoint.
+    aws.client = functools.partial(aws.client, endpoint_url=url)
+    return aws
+
+
+def runtime_client(config: ProjectConfig) -> Any:
+    """The boto3 ``sagemaker-runtime`` client that the project's endpoint is invoked with."""
+    return session(config).client("sagemaker-runtime")
+
+
+@contextmanager
+def explained(config: ProjectConfig) -> Iterator[None]:
+    """Turn what AWS clients raise into one line of ours."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in {"botocore", "boto3"}:
+            raise
+        raise _explained(error, f"endpoint {config.endpoint_name}") from None
+
+
+def describe(aws: Any, endpoint_name: str) -> Any:
+    """The endpoint as ``sagemaker.core.resources.Endpoint``; None where there is none."""
+    from sagemaker.core.resources import Endpoint
+
+    return _found(Endpoint.get, endpoint_name=endpoint_name, session=aws, region=aws.region_name)
+
+
+def _model_data(stage: Stage, registered: RegisterRecord) -> str:
+    """URI of the bundle's ``model.tar.gz``, packed where it is not there yet."""
+    uri = f"{stage.config.root}/models/{registered.bundle_digest}/model.tar.gz"
+    if not isinstance(stage.config.deploy, LocalDeploy) and not uri.startswith("s3://"):
+        raise ConfigError(f"storage: {stage.config.storage!r} given; allowed: s3://bucket/prefix, where SageMaker can read it")
+    bundle = Bundle.load(stage.local(registered.bundle))
+    if bundle.digest != registered.bundle_digest:
+        raise DataError(
+            f"{registered.bundle}: has digest {bundle.digest[:12]}, not {registered.bundle_digest[:12]} as registered; "
+            "it was changed afterwards"
+        )
+    if not storage.exists(uri):
+        with tempfile.TemporaryDirectory(dir=stage.out) as folder:
+            archive = Path(folder, "model.tar.gz")
+            pack(bundle.path, archive)
+            storage.upload_file(archive, uri)
+    return uri
+
+
+def _settings_digest(config: ProjectConfig) -> str:
+    settings = config.deploy.model_dump_json(exclude={"url", "timeout"})
+    return storage.text_digest(f"{settings} {captures.folder(config)}")[:8]
+
+
+def _create_model(aws: Any, config: ProjectConfig, name: str, model_data: str, tags: dict[str, str]) -> None:
+    from sagemaker.core.resources import Model
+    from sagemaker.core.shapes import ContainerDefinition
+
+    where = {"session": aws, "region": aws.region_name}
+    if _found(Model.get, model_name=name, **where):
+        return
+    image, role = _image_and_role(config.deploy)
+    container = ContainerDefinition(image=image, model_data_url=model_data, environment={"OMP_NUM_THREADS": "1"})
+    Model.create(model_name=name, primary_container=container, execution_role_arn=role, tags=_tags(tags), **where)
+    log.info("deploy: created model %s", name)
+
+
+def _create_endpoint_config(aws: Any, config: ProjectConfig, name: str, model_name: str, tags: dict[str, str]) -> None:
+    from sagemaker.core.resources import EndpointConfig
+    from sagemaker.core.shapes import CaptureContentTypeHeader, CaptureOption, DataCaptureConfig, ProductionVariant
+
+    where = {"session": aws, "region": aws.region_name}
+    if _found(EndpointConfig.get, endpoint_config_name=name, **where):
+        return
+    instance_type, count = _instances(config.deploy)
+    variant = ProductionVariant(
+        variant_name=VARIANT,
+        model_name=model_name,
+        instance_type=instance_type,
+        initial_instance_count=count,
+        initial_variant_weight=1.0,
+    )
+    capture = DataCaptureConfig(
+        enable_capture=True,
+        initial_sampling_percentage=100,
+        destination_s3_uri=captures.folder(config),
+        capture_options=[CaptureOption(capture_mode="Input"), CaptureOption(capture_mode="Output")],
+        capture_content_type_header=CaptureContentTypeHeader(json_content_types=["application/json"]),
+    )
+    EndpointConfig.create(
+        endpoint_config_name=name, production_variants=[variant], data_capture_config=capture, tags=_tags(tags), **where
+    )
+    log.info("deploy: created endpoint config %s", name)
+
+
+def _roll_out(aws: Any, config: ProjectConfig, config_name: str, tags: dict[str, str]) -> str | None:
+    """Create or update the endpoint, or join a rollout in progress; returns the endpoint config that served before."""
+    from sagemaker.core.resources import Endpoint
+
+    name, deadline = config.endpoint_name, time.monotonic() + config.deploy.timeout
+    endpoint = _settled(aws, name, deadline)
+    if endpoint and endpoint.endpoint_status == "Failed":  # an endpoint that never served can only be deleted
+        log.info("deploy: endpoint %s failed before (%s); creating it anew", name, endpoint.failure_reason)
+        endpoint.delete()
+        endpoint = _settled(aws, name, deadline)
+    previous = endpoint.endpoint_config_name if endpoint else None
+    if endpoint is None:
+        log.info("deploy: creating endpoint %s with %s", name, config_name)
+        where = {"session": aws, "region": aws.region_name}
+        Endpoint.create(endpoint_name=name, endpoint_config_name=config_name, tags=_tags(tags), **where)
+    elif previous != config_name:
+        log.info("deploy: updating endpoint %s from %s to %s", name, previous, config_name)
+        endpoint.endpoint_config_name = config_name
+        endpoint.update()
+    _require_rolled_out(_settled(aws, name, deadline), name, config_name)
+    return previous if previous != config_name else None
+
+
+def _settled(aws: Any, name: str, deadline: float) -> Any:
+    """The endpoint once nothing is in progress; None where there is none."""
+    pause, seen = 0.1, ""
+    while (endpoint := describe(aws, name)) and endpoint.endpoint_status in IN_PROGRESS:
+        if endpoint.endpoint_status != seen:
+            seen = endpoint.endpoint_status
+            log.info("deploy: endpoint %s is %s", name, seen)
+        if time.monotonic() > deadline:
+            raise Unavailable(f"endpoint {name}: is still {seen} after deploy.timeout; a retry goes on waiting")
+        time.sleep(pause)
+        pause = min(1.5 * pause, 10)
+    return endpoint
+
+
+def _require_rolled_out(endpoint: Any, name: str, config_name: str) -> None:
+    if endpoint is None:
+        raise Unavailable(f"endpoint {name}: was deleted during its rollout")
+    status, serves = endpoint.endpoint_status, endpoint.endpoint_config_name
+    if status == "InService" and serves == config_name:
+        return
+    reason = " ".join((endpoint.failure_reason or "no reason given").split())
+    outcome = f"rolled back to {serves}" if status == "InService" else f"is {status}"
+    problem: type[CvFactoryError] = Unavailable if "capacity" in reason.lower() else DataError
+    raise problem(f"endpoint {name}: the rollout of {config_name} failed, it {outcome}: {reason}")
+
+
+def _image_and_role(deploy: Deploy) -> tuple[str, str]:
+    if isinstance(deploy, LocalDeploy):
+        return "cv-factory", "arn:aws:iam::000000000000:role/local"
+    return deploy.image, deploy.role_arn
+
+
+def _instances(deploy: Deploy) -> tuple[str, int]:
+    if isinstance(deploy, LocalDeploy):
+        return "ml.m5.large", 1  # a name that the API asks for; it is this machine
+    return deploy.instance_type, deploy.instance_count
+
+
+def _tags(tags: dict[str, str]) -> list[Any]:
+    from sagemaker.core.shapes import Tag
+
+    return [Tag(key=key, value=value) for key, value in tags.items()]
+
+
+def _found(get: Callable[..., Any], **names: Any) -> Any:
+    """A resource, or None where the service could not find it."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return get(**names)
+    except ClientError as error:
+        if "could not find" in str(error).lower():
+            return None
+        raise
+
+
+def _explained(error: Exception, subject: str) -> CvFactoryError:
+    response: dict[str, Any] = getattr(error, "response", {})
+    code, message = (str(response.get("Error", {}).get(part, "")) for part in ("Code", "Message"))
+    if "in-progress" in message:
+        return Unavailable(f"{subject}: another rollout is in progress")
+    match code:
+        case "ValidationException" | "ValidationError" | "AccessDeniedException" | "UnrecognizedClientException":
+            return ConfigError(f"{subject}: SageMaker refused: {' '.join(message.split())}")
+        case "ExpiredTokenException" | "InvalidSignatureException" | "ResourceLimitExceeded":
+            return ConfigError(f"{subject}: SageMaker refused ({code}): {' '.join(message.split())}")
+        case "ModelError":
+            return DataError(f"{subject}: the model refused: {' '.join(message.split())}")
+    if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
+        return ConfigError(f"{subject}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile")
+    return Unavailable(f"{subject}: {code or type(error).__name__}: {' '.join((message or str(error)).split())}")

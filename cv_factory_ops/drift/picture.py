@@ -1,0 +1,77 @@
+"""The picture of a drift check: every column's p-value against the threshold, and the clearest drifts as histograms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from cv_factory_ops.drift.detect import Comparison, Verdict
+
+_QUIET, _DRIFTED, _REFERENCE = "#9aa5b1", "#c8442b", "#3b6ea5"
+_SMALLEST = 1e-16
+"""p-values below are drawn as this one, so that the threshold stays in sight."""
+
+
+def draw(comparison: Comparison, verdict: Verdict, path: Path) -> None:
+    """Write the picture as PNG."""
+    detailed = list(verdict.drifted)[:4]
+    height = max(3.2, 1.7 * len(detailed), 1.2 + 0.24 * len(verdict.p_values))
+    figure = Figure(figsize=(11 if detailed else 7, height), layout="constrained")
+    grid = figure.add_gridspec(max(len(detailed), 1), 2 if detailed else 1, width_ratios=(3, 2) if detailed else None)
+    _draw_p_values(figure.add_subplot(grid[:, 0]), verdict)
+    for row, name in enumerate(detailed):
+        _draw_column(figure.add_subplot(grid[row, 1]), comparison, name, legend=row == 0)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_p_values(axes: Axes, verdict: Verdict) -> None:
+    names = sorted(verdict.p_values, key=lambda name: verdict.p_values[name], reverse=True)
+    evidence = [-np.log10(max(verdict.p_values[name], _SMALLEST)) for name in names]
+    colours = [_DRIFTED if name in verdict.drifted else _QUIET for name in names]
+    axes.barh(names, evidence, color=colours)
+    limit = -np.log10(verdict.threshold)
+    axes.axvline(limit, color="black", linewidth=1, linestyle="--")
+    axes.text(limit, len(names) - 0.4, f"drift from here: p ≤ {verdict.threshold:.1g} ", fontsize=8, va="bottom", ha="right")
+    end = max(*evidence, limit) * 1.05
+    ticks = range(0, int(end) + 1, 1 if end < 8 else 2)
+    axes.set_xticks(ticks, [f"$10^{{-{tick}}}$" if tick else "1" for tick in ticks])
+    axes.set_xlim(0, end)
+    axes.set_ylim(-0.6, len(names) + 0.4)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("p-value (a longer bar is stronger evidence)", fontsize=9)
+    axes.set_title(f"{len(verdict.drifted)} of {len(names)} features drifted", loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_column(axes: Axes, comparison: Comparison, name: str, *, legend: bool) -> None:
+    reference, window = comparison.reference[name].dropna(), comparison.window[name].dropna()
+    draw_side = _draw_numbers if comparison.kinds[name] == "number" else _draw_categories
+    draw_side(axes, reference, window)
+    axes.set_title(name, loc="left", fontsize=9)
+    axes.set_ylabel("share", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def _draw_numbers(axes: Axes, reference: pd.Series[float], window: pd.Series[float]) -> None:
+    edges = np.histogram_bin_edges(np.concatenate([reference, window]), bins=25)
+    for side, label, colour in ((reference, "reference", _REFERENCE), (window, "window", _DRIFTED)):
+        axes.hist(side, bins=list(edges), weights=np.full(len(side), 1 / len(side)), alpha=0.6, label=label, color=colour)
+
+
+def _draw_categories(axes: Axes, reference: pd.Series[str], window: pd.Series[str]) -> None:
+    shares = [side.value_counts(normalize=True) for side in (reference, window)]
+    names = sorted(set(shares[0].index) | set(shares[1].index), key=lambda name: -max(side.get(name, 0) for side in shares))[:8]
+    places = np.arange(len(names))
+    for side, offset, label, colour in zip(shares, (-0.2, 0.2), ("reference", "window"), (_REFERENCE, _DRIFTED), strict=True):
+        axes.bar(places + offset, [float(side.get(name, 0)) for name in names], 0.4, label=label, color=colour, alpha=0.8)
+    axes.set_xticks(places, [name[:14] for name in names])

@@ -1,0 +1,127 @@
+"""Stage ``evaluate``: challenger and champion on the same images, numbers and pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cv_factory_ops import registry
+from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.evaluation.pictures import confusion_picture, roc_picture
+from cv_factory_ops.ingestion.manifest import read_images
+from cv_factory_ops.metrics import classification
+from cv_factory_ops.predictor import infer
+from cv_factory_ops.preprocessing.pipeline import prepare
+from cv_factory_ops.records import EvaluateRecord, TrainRecord
+
+if TYPE_CHECKING:
+    from cv_factory_ops.stage import Stage
+
+SPLITS = ("test", "recent")
+"""The locked test set, and held-out newly captured studies."""
+
+
+def run(stage: Stage) -> EvaluateRecord:
+    """Measure on ``test`` and, where there are new studies, on ``recent``."""
+    train = stage.read(TrainRecord)
+    challenger = Bundle.load(stage.local(train.bundle))
+    champion = registry.champion(stage.config)
+    table = predict_splits(stage, challenger, "challenger")
+    metrics = {split: _metrics(table, split, challenger, "challenger") for split in SPLITS}
+    champion_metrics: dict[str, dict[str, float]] = {split: {} for split in SPLITS}
+    if champion:
+        bundle = Bundle.load(stage.local(champion.bundle))
+        rivals = predict_splits(stage, bundle, "champion").drop(columns=["label", "split"])
+        table = table.merge(rivals, on="id", validate="one_to_one")
+        champion_metrics = {split: _metrics(table, split, bundle, "champion") for split in SPLITS}
+    table.to_parquet(stage.out / "predictions.parquet", index=False)
+    pictures = _pictures(stage, table, challenger)
+    _log(stage, train.mlflow_run_id, metrics)
+    return EvaluateRecord(
+        summary=_summary(metrics, champion_metrics),
+        links=train.links,
+        predictions=stage.uri("predictions.parquet"),
+        metrics=metrics["test"],
+        champion_metrics=champion_metrics["test"],
+        recent_metrics=metrics["recent"],
+        champion_recent_metrics=champion_metrics["recent"],
+        champion_version=champion.version if champion else None,
+        champion_test_digest=champion.test_digest if champion else None,
+        threshold=challenger.manifest.threshold,
+        champion_threshold=bundle.manifest.threshold if champion else None,
+        pictures=pictures,
+    )
+
+
+def predict_splits(stage: Stage, bundle: Bundle, who: str) -> pd.DataFrame:
+    """Columns ``id``, ``split``, ``label`` and a probability ``<who>_<i>`` for each class."""
+    network, tables = bundle.network(), []
+    for split in SPLITS:
+        rows = _rows(stage, split)
+        if rows is None:
+            continue
+        probabilities, _ = infer(network, _images(stage, split, rows, bundle))
+        columns = {f"{who}_{i}": probabilities[:, i] for i in range(probabilities.shape[1])}
+        tables.append(rows[["id", "split", "label"]].assign(**columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def probabilities_of(table: pd.DataFrame, who: str) -> NDArray[np.float64]:
+    """(N, classes) from the columns that :func:`predict_splits` wrote."""
+    count = sum(str(column).startswith(f"{who}_") for column in table)
+    probabilities: NDArray[np.float64] = table[[f"{who}_{i}" for i in range(count)]].to_numpy(np.float64)
+    return probabilities
+
+
+def _rows(stage: Stage, split: str) -> pd.DataFrame | None:
+    path = stage.local(f"{stage.run}/preprocess") / f"{split}.parquet"
+    return pd.read_parquet(path) if path.exists() else None
+
+
+def _images(stage: Stage, split: str, rows: pd.DataFrame, bundle: Bundle) -> NDArray[np.uint16]:
+    """The split as this bundle wants it: the shards, or the images anew where a champion was prepared otherwise."""
+    if bundle.manifest.preprocessing == stage.config.preprocessing:
+        shard: NDArray[np.uint16] = np.load(stage.local(f"{stage.run}/preprocess") / f"{split}.npy", mmap_mode="r")
+        return shard
+    wanted = dict.fromkeys(rows["id"])
+    found = {
+        row_id: prepare(image.astype(np.float32) / 65535.0, bundle.manifest.preprocessing)
+        for row_id, image in read_images(stage.local(f"{stage.run}/ingest"))
+        if row_id in wanted
+    }
+    return np.stack([found[row_id] for row_id in rows["id"]])
+
+
+def _metrics(table: pd.DataFrame, split: str, bundle: Bundle, who: str) -> dict[str, float]:
+    rows = table[table["split"] == split]
+    return classification(rows["label"].to_numpy(), probabilities_of(rows, who), bundle.manifest.threshold)
+
+
+def _pictures(stage: Stage, table: pd.DataFrame, challenger: Bundle) -> list[str]:
+    test = table[table["split"] == "test"]
+    labels, names = test["label"].to_numpy(), challenger.manifest.labels
+    curves = {who: probabilities_of(test, who) for who in ("challenger", "champion") if f"{who}_0" in test}
+    confusion_picture(stage.out / "confusion_matrix.png", labels, curves["challenger"], challenger.manifest.threshold, names)
+    roc_picture(stage.out / "roc.png", labels, curves, names)
+    return [stage.uri(name) for name in ("confusion_matrix.png", "roc.png")]
+
+
+def _log(stage: Stage, run_id: str, metrics: dict[str, dict[str, float]]) -> None:
+    client = registry.connect(stage.config)
+    for split, values in metrics.items():
+        for name, value in values.items():
+            client.log_metric(run_id, f"{split}_{name}", value)
+    for name in ("confusion_matrix.png", "roc.png"):
+        client.log_artifact(run_id, str(stage.out / name), "evaluation")
+
+
+def _summary(metrics: dict[str, dict[str, float]], champion: dict[str, dict[str, float]]) -> str:
+    parts = []
+    for split, name in (("test", "locked test"), ("recent", "new studies")):
+        if metrics[split]:
+            before = f" (champion {champion[split]['auc']:.3f})" if champion[split] else ""
+            parts.append(f"{name}: AUC {metrics[split]['auc']:.3f}{before}, accuracy {metrics[split]['accuracy']:.3f}")
+    return "; ".join(parts)

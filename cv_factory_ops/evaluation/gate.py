@@ -1,0 +1,106 @@
+"""Stage ``gate``: may the challenger be registered?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cv_factory_ops import storage
+from cv_factory_ops.config import GateConfig
+from cv_factory_ops.errors import GateRefused
+from cv_factory_ops.metrics import accuracy, auc
+from cv_factory_ops.records import EvaluateRecord, GateRecord, IngestRecord
+
+if TYPE_CHECKING:
+    from cv_factory_ops.stage import Stage
+
+
+def run(stage: Stage) -> GateRecord:
+    """Judge on the locked test set.
+
+    Raises:
+        GateRefused: with every reason; the verdict is kept in ``<run>/gate.refused.json``.
+    """
+    evaluation, test_digest = stage.read(EvaluateRecord), stage.read(IngestRecord).test_digest
+    config = stage.config.gate
+    interval = None
+    if evaluation.champion_version is not None:
+        interval = difference_interval(_test_table(stage, evaluation), evaluation, config)
+    reasons = objections(evaluation, test_digest, interval, config)
+    verdict = _verdict(evaluation, test_digest, interval, reasons, config)
+    if reasons:
+        storage.write_bytes(f"{stage.run}/gate.refused.json", verdict.model_dump_json(indent=2).encode())
+        raise GateRefused("; ".join(reasons))
+    return verdict
+
+
+def objections(
+    evaluation: EvaluateRecord, test_digest: str, interval: tuple[float, float] | None, config: GateConfig
+) -> list[str]:
+    """Every reason against the challenger; empty where it may pass."""
+    reasons = []
+    value = evaluation.metrics[config.metric]
+    if not value >= config.minimum:  # also refuses NaN
+        reasons.append(f"{config.metric} {value:.3f} is below gate.minimum {config.minimum:g}")
+    if evaluation.champion_version is None:
+        return reasons
+    if evaluation.champion_test_digest != test_digest:
+        reasons.append("the test set is not the one that the champion was judged on")
+    if interval and interval[0] < -config.margin:
+        reasons.append(
+            f"{config.metric} may be {-interval[0]:.3f} below the champion's "
+            f"({config.confidence:.0%} interval {interval[0]:+.3f} .. {interval[1]:+.3f}); gate.margin is {config.margin:g}"
+        )
+    return reasons
+
+
+def difference_interval(table: pd.DataFrame, evaluation: EvaluateRecord, config: GateConfig) -> tuple[float, float]:
+    """Bootstrap interval of challenger minus champion, resampling the same images for both (Efron & Tibshirani 1993).
+
+    Each class is resampled by itself, so that every resample has both.
+    """
+    from cv_factory_ops.evaluation.evaluate import probabilities_of
+
+    labels = table["label"].to_numpy()
+    rivals = [(probabilities_of(table, "challenger"), evaluation.threshold)]
+    rivals.append((probabilities_of(table, "champion"), evaluation.champion_threshold or 0.5))
+    generator = np.random.default_rng(config.seed)
+    classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    differences = []
+    for _ in range(config.bootstrap):
+        rows = np.concatenate([generator.choice(members, len(members)) for members in classes])
+        new, old = (_value(config.metric, labels[rows], scores[rows], threshold) for scores, threshold in rivals)
+        differences.append(new - old)
+    tail = (1 - config.confidence) / 2
+    low, high = np.quantile(differences, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _value(metric: str, labels: NDArray[np.int64], probabilities: NDArray[np.float64], threshold: float) -> float:
+    return auc(labels, probabilities) if metric == "auc" else accuracy(labels, probabilities, threshold)
+
+
+def _test_table(stage: Stage, evaluation: EvaluateRecord) -> pd.DataFrame:
+    table = pd.read_parquet(stage.local(evaluation.predictions))
+    return table[table["split"] == "test"]
+
+
+def _verdict(
+    evaluation: EvaluateRecord, test_digest: str, interval: tuple[float, float] | None, reasons: list[str], config: GateConfig
+) -> GateRecord:
+    new, old = evaluation.metrics[config.metric], evaluation.champion_metrics.get(config.metric)
+    against = f"champion {old:.3f}, difference at least {interval[0]:+.3f}" if interval else "no champion yet"
+    return GateRecord(
+        summary=f"{'refused' if reasons else 'passed'}: {config.metric} {new:.3f} (minimum {config.minimum:g}), {against}",
+        verdict="refused" if reasons else "passed",
+        metric=config.metric,
+        challenger=new,
+        champion=old,
+        difference_low=interval[0] if interval else None,
+        difference_high=interval[1] if interval else None,
+        reasons=reasons,
+        test_digest=test_digest,
+    )

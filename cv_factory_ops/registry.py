@@ -1,0 +1,232 @@
+"""MLflow: runs that a retry rejoins, model versions, and the aliases ``champion`` and ``challenger``.
+
+A registered version carries everything that later stages look up as tags: bundle URI and digest, data and test digest,
+git sha, run URI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cv_factory_ops import storage
+from cv_factory_ops.config import ProjectConfig, home
+from cv_factory_ops.errors import DataError, Unavailable
+from cv_factory_ops.records import GateRecord, IngestRecord, PromoteRecord, RegisterRecord, TrainRecord, VerifyRecord
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from cv_factory_ops.stage import Stage
+
+RUN_TAG = "cvf.run"
+"""Tag of an MLflow run that names the run directory it belongs to: what a retry finds its run by."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The model version that the alias ``champion`` points at."""
+
+    version: int
+    bundle: str
+    """URI of its bundle directory."""
+    bundle_digest: str
+    test_digest: str
+    run_id: str
+
+
+def connect(config: ProjectConfig) -> MlflowClient:
+    """A client of the project's tracking store.
+
+    Raises:
+        Unavailable: the store does not answer.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    import mlflow
+
+    uri = tracking_uri(config)
+    mlflow.set_tracking_uri(uri)
+    try:
+        client = mlflow.MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:
+        raise Unavailable(f"MLflow at {uri.split('@')[-1]}: does not answer ({type(error).__name__})") from None
+    return client
+
+
+def tracking_uri(config: ProjectConfig) -> str:
+    """``MLFLOW_TRACKING_URI`` or the project's setting; a relative SQLite file lies below the home directory."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.mlflow.tracking_uri
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        path = home() / uri.removeprefix("sqlite:///")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return f"sqlite:///{path}"
+    return uri
+
+
+def open_run(client: MlflowClient, config: ProjectConfig, run: str) -> str:
+    """Id of the MLflow run of a run directory: the one that an earlier try has made, or a new one."""
+    experiment = _experiment(client, config)
+    query = f"tags.`{RUN_TAG}` = '{run}'"
+    found = client.search_runs([experiment], query, max_results=1)
+    if found:
+        run_id: str = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    created = client.create_run(experiment, run_name=run.rsplit("/", 1)[1], tags={RUN_TAG: run, "cvf.project": config.project})
+    return str(created.info.run_id)
+
+
+def run_page(client: MlflowClient, run_id: str) -> str:
+    """Address of a run's page; empty where the store has no web server."""
+    uri = client.tracking_uri
+    experiment = client.get_run(run_id).info.experiment_id
+    return f"{uri}/#/experiments/{experiment}/runs/{run_id}" if uri.startswith("http") else ""
+
+
+def champion(config: ProjectConfig) -> Champion | None:
+    """The current champion of a project, None before the first promotion."""
+    version = _by_alias(connect(config), config.project, "champion")
+    if version is None:
+        return None
+    tags = version.tags
+    return Champion(int(version.version), tags["bundle"], tags["bundle_digest"], tags["test_digest"], version.run_id)
+
+
+def register(stage: Stage) -> RegisterRecord:
+    """Stage ``register``: log the bundle as a pyfunc, make the model version, point ``challenger`` at it."""
+    train, ingest, gate = stage.read(TrainRecord), stage.read(IngestRecord), stage.read(GateRecord)
+    if gate.verdict != "passed":
+        raise DataError(f"{stage.run}: the gate has not passed")
+    client, name, run_id = connect(stage.config), stage.config.project, train.mlflow_run_id
+    bundle = stage.local(train.bundle)
+    tags = {
+        "bundle": train.bundle,
+        "bundle_digest": train.bundle_digest,
+        "data_digest": ingest.data_digest,
+        "test_digest": ingest.test_digest,
+        "git_sha": json.loads((bundle / "bundle.json").read_text())["git_sha"],
+        RUN_TAG: stage.run,
+    }
+    version = _version_of_run(client, name, run_id) or _new_version(client, name, run_id, bundle, tags)
+    client.set_registered_model_alias(name, "challenger", str(version))
+    client.set_terminated(run_id)
+    return RegisterRecord(
+        summary=f"version {version} of {name}, bundle {train.bundle_digest[:12]}",
+        links=train.links,
+        model_name=name,
+        model_version=version,
+        mlflow_run_id=run_id,
+        bundle=train.bundle,
+        bundle_digest=train.bundle_digest,
+    )
+
+
+def promote(stage: Stage) -> PromoteRecord:
+    """Stage ``promote``: only after the live endpoint was verified does ``champion`` move.
+
+    The first promotion locks the test set: later trainings are judged on exactly these images.
+    """
+    registered, verified = stage.read(RegisterRecord), stage.read(VerifyRecord)
+    if verified.bundle_digest != registered.bundle_digest:
+        raise DataError(
+            f"endpoint {verified.endpoint_name} serves bundle {verified.bundle_digest[:12]}, "
+            f"registered is {registered.bundle_digest[:12]}; the alias stays where it is"
+        )
+    _lock_test_set(stage)
+    client, name, version = connect(stage.config), registered.model_name, registered.model_version
+    previous = _previous(client, name, version)
+    client.set_model_version_tag(name, str(version), "previous_champion", str(previous or ""))
+    client.set_registered_model_alias(name, "champion", str(version))
+    return PromoteRecord(
+        summary=f"champion is version {version}" + (f" (was {previous})" if previous else ""),
+        model_name=name,
+        model_version=version,
+        previous_version=previous,
+        bundle_digest=registered.bundle_digest,
+    )
+
+
+def locked_test(config: ProjectConfig) -> str:
+    """URI of the list of pixel digests that the test set is locked to."""
+    return f"{config.root}/locked_test.json"
+
+
+def _lock_test_set(stage: Stage) -> None:
+    from cv_factory_ops.ingestion.manifest import read_manifest
+
+    if storage.exists(locked_test(stage.config)):
+        return
+    manifest = read_manifest(stage.local(f"{stage.run}/ingest"))
+    digests = sorted(manifest.loc[manifest["split"] == "test", "digest"])
+    storage.write_bytes(locked_test(stage.config), json.dumps({"run": stage.run, "digests": digests}).encode())
+
+
+def _experiment(client: MlflowClient, config: ProjectConfig) -> str:
+    found = client.get_experiment_by_name(config.project)
+    if found:
+        return str(found.experiment_id)
+    place = (home() / "var" / "mlflow" / "artifacts").as_uri() if client.tracking_uri.startswith("sqlite") else None
+    return str(client.create_experiment(config.project, artifact_location=place))
+
+
+def _by_alias(client: MlflowClient, name: str, alias: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            return None
+        raise Unavailable(f"MLflow: {error.error_code} while looking up {name}@{alias}") from None
+
+
+def _version_of_run(client: MlflowClient, name: str, run_id: str) -> int | None:
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    return int(versions[0].version) if versions else None
+
+
+def _new_version(client: MlflowClient, name: str, run_id: str, bundle: Path, tags: dict[str, str]) -> int:
+    from mlflow.exceptions import MlflowException
+
+    source = _log_pyfunc(client, run_id, bundle)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return int(client.create_model_version(name, source=source, run_id=run_id, tags=tags).version)
+
+
+def _log_pyfunc(client: MlflowClient, run_id: str, bundle: Path) -> str:
+    """The bundle as a pyfunc ("models from code", no pickle), so that ``mlflow models serve`` can serve it."""
+    import mlflow
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    import cv_factory_ops
+
+    with mlflow.start_run(run_id=run_id):
+        model = mlflow.pyfunc.log_model(
+            name="bundle",
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"bundle": str(bundle)},
+            signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype("float32"), (-1, -1, -1))])),
+            pip_requirements=[f"cv-factory=={cv_factory_ops.__version__}"],
+        )
+    return str(model.model_uri)
+
+
+def _previous(client: MlflowClient, name: str, version: int) -> int | None:
+    """The champion before this version, also when the alias has already moved in an earlier try."""
+    current = _by_alias(client, name, "champion")
+    if current is None:
+        return None
+    if int(current.version) != version:
+        return int(current.version)
+    before = current.tags.get("previous_champion", "")
+    return int(before) if before else None

@@ -1,0 +1,98 @@
+"""The end of a training: the best network becomes a model bundle."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+import cv_factory_ops
+from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, missing_to_nan
+from cv_factory_ops.domain import Kind, open_domain
+from cv_factory_ops.metrics import operating_point
+from cv_factory_ops.predictor import features, infer
+from cv_factory_ops.preprocessing.statistics import image_statistics
+from cv_factory_ops.training.data import Shard
+from cv_factory_ops.training.loop import Trainer
+from cv_factory_ops.training.train import Assignment
+
+PCA_IMAGES = 4096
+"""Training images, evenly spaced, that the principal components are computed from."""
+
+
+def write_bundle(assignment: Assignment, trainer: Trainer) -> Bundle:
+    """Write ``<out>/bundle`` with the best epoch's weights.
+
+    Threshold and drift reference come from the validation split: the network was not fitted to it, and the locked test set
+    stays untouched.
+    """
+    config = assignment.config
+    network = trainer.network.cpu()
+    network.load_state_dict(trainer.progress.best_weights)
+    network.eval()
+    step = max(len(trainer.train) // PCA_IMAGES, 1)
+    pca = fit_pca(infer(network, trainer.train.images[::step])[1], config.training.embedding_components)
+    probabilities, embedding = infer(network, trainer.val.images)
+    reference, kinds = reference_table(assignment, trainer.val, probabilities, pca.transform(embedding))
+    binary = len(config.labels) == 2
+    manifest = BundleManifest(
+        project=config.project,
+        domain=config.domain,
+        labels=config.labels,
+        model=config.model,
+        preprocessing=config.preprocessing,
+        mean=assignment.mean,
+        std=assignment.std,
+        threshold=operating_point(trainer.val.labels, probabilities) if binary else 0.5,
+        features=kinds,
+        data_digest=assignment.data_digest,
+        test_digest=assignment.test_digest,
+        code_version=cv_factory_ops.__version__,
+        git_sha=git_sha(),
+    )
+    return Bundle.write(assignment.out / "bundle", manifest, network, pca, reference)
+
+
+def fit_pca(embedding: NDArray[np.float32], components: int) -> Pca:
+    """Principal components of (N, features) by singular value decomposition.
+
+    The sign of each component is fixed by its largest entry, so that the same data give the same components.
+    """
+    mean = embedding.mean(0, dtype=np.float64)
+    _, _, directions = np.linalg.svd(embedding - mean, full_matrices=False)
+    kept = directions[:components].astype(np.float64)
+    largest = kept[np.arange(len(kept)), np.abs(kept).argmax(1)]
+    return Pca(mean, kept * np.where(largest < 0, -1.0, 1.0)[:, None])
+
+
+def reference_table(
+    assignment: Assignment, shard: Shard, probabilities: NDArray[np.float32], components: NDArray[np.float64]
+) -> tuple[pd.DataFrame, dict[str, Kind]]:
+    """The features of a split's images, and the kind of each; metadata that no image has is left out."""
+    rows = pd.read_parquet(assignment.shards / "val.parquet")
+    domain = open_domain(assignment.config.domain)
+    known = [name for name in domain.metadata if f"meta_{name}" in rows and rows[f"meta_{name}"].notna().any()]
+    metadata = rows[[f"meta_{name}" for name in known]].set_axis(known, axis=1).astype(object)
+    metadata = metadata.where(metadata.notna(), None)
+    table = [
+        features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i], probabilities[i])
+        for i in range(len(shard))
+    ]
+    kinds: dict[str, Kind] = dict.fromkeys(table[0], "number")
+    kinds |= {f"metadata_{name}": domain.metadata[name] for name in known}
+    return pd.DataFrame([missing_to_nan(row, kinds) for row in table]), kinds
+
+
+def git_sha() -> str:
+    """Commit of the code: ``CVF_GIT_SHA`` (images have no repository), else git's own word, else ``unknown``."""
+    if given := os.environ.get("CVF_GIT_SHA"):
+        return given
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,120 @@
+"""Stage ``train``: launch the ranks with torchrun, hand their outcome over."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cv_factory_ops import errors, storage
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.errors import CvFactoryError, Unavailable
+from cv_factory_ops.records import Frozen, IngestRecord, PreprocessRecord, TrainRecord
+
+if TYPE_CHECKING:
+    from cv_factory_ops.stage import Stage
+
+
+class Assignment(Frozen):
+    """What every rank is told: ``assignment.json`` in the stage's private folder."""
+
+    config: ProjectConfig
+    run: str
+    shards: Path
+    """Local folder of the preprocessed shards."""
+    out: Path
+    """Where rank 0 writes ``bundle/`` and ``outcome.json``, and a failing rank ``failure.json``."""
+    checkpoint: str
+    inputs_digest: str
+    """Digest of what the weights depend on: a checkpoint of other inputs is not resumed."""
+    mean: float
+    std: float
+    data_digest: str
+    test_digest: str
+
+
+class Outcome(Frozen):
+    """What rank 0 reports: ``outcome.json``."""
+
+    mlflow_run_id: str
+    mlflow_page: str
+    epochs: int
+    best_epoch: int
+    val_auc: float
+    images_per_second: float
+    world_size: int
+
+
+class Failure(Frozen):
+    """How a rank explains why it gave up: ``failure.json``."""
+
+    error: str
+    """Name of the error's class in :mod:`cv_factory_ops.errors`."""
+    message: str
+
+
+def run(stage: Stage) -> TrainRecord:
+    """Train until done; a checkpoint that a killed try left behind is resumed, and removed at the end."""
+    assignment = _assignment(stage)
+    (stage.out / "assignment.json").write_text(assignment.model_dump_json(), encoding="utf-8")
+    _launch(stage.out / "assignment.json", stage.config.training.processes, stage.config.training.threads)
+    outcome = Outcome.model_validate_json((stage.out / "outcome.json").read_bytes())
+    for name in ("assignment.json", "outcome.json"):
+        (stage.out / name).unlink()
+    record = TrainRecord(
+        summary=f"validation AUC {outcome.val_auc:.3f} in epoch {outcome.best_epoch} of {outcome.epochs}, "
+        f"{outcome.images_per_second:.0f} images/s in {outcome.world_size} processes",
+        links={"mlflow": outcome.mlflow_page} if outcome.mlflow_page else {},
+        bundle=stage.uri("bundle"),
+        bundle_digest=storage.tree_digest(stage.out / "bundle"),
+        **outcome.model_dump(exclude={"mlflow_page"}),
+    )
+    storage.delete_tree(assignment.checkpoint)
+    return record
+
+
+def _assignment(stage: Stage) -> Assignment:
+    ingest, preprocess = stage.read(IngestRecord), stage.read(PreprocessRecord)
+    config = stage.config
+    settings = config.model_dump_json(include={"labels", "preprocessing", "model", "training"})
+    return Assignment(
+        config=config,
+        run=stage.run,
+        shards=stage.local(f"{stage.run}/preprocess"),
+        out=stage.out,
+        checkpoint=f"{stage.run}/checkpoints/last.pt",
+        inputs_digest=storage.text_digest(settings + preprocess.shards_digest),
+        mean=preprocess.mean,
+        std=preprocess.std,
+        data_digest=ingest.data_digest,
+        test_digest=ingest.test_digest,
+    )
+
+
+def _launch(assignment: Path, processes: int, threads: int) -> None:
+    """Run the ranks to their end, as ``torchrun --standalone`` does; this process is the launcher."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import run as torchrun
+
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "CVF_LAUNCHER_PID": str(os.getpid()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "cv_factory_ops.training.worker", str(assignment)]
+    try:
+        torchrun(get_args_parser().parse_args(arguments))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        raise _failure(assignment.with_name("failure.json"), error) from None
+    except SignalException:
+        raise Unavailable("train: interrupted; the next try goes on from the last finished epoch") from None
+
+
+def _failure(report: Path, error: Exception) -> CvFactoryError:
+    """The error that a rank explained, or the first one that died without a word."""
+    if report.exists():
+        failure = Failure.model_validate_json(report.read_bytes())
+        kind: type[CvFactoryError] = getattr(errors, failure.error)
+        return kind(failure.message)
+    rank, first = error.get_first_failure()  # type: ignore[attr-defined]
+    return Unavailable(
+        f"train: rank {rank} ended with exit code {first.exitcode}; the next try goes on from the last checkpoint"
+    )

@@ -1,0 +1,271 @@
+"""One operator a stage: each runs ``cvf <stage> --config FILE --run URI`` and returns the stage's record.
+
+Nothing heavy is imported here: the work happens in the stage's own process. That process outlives a killed worker; the
+next try of the task starts a second one, which waits for the first and returns the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
+
+from airflow.sdk import BaseOperator
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from cv_factory_airflow import run_uri
+from cv_factory_airflow.links import DriftReportLink, MlflowRunLink
+from cv_factory_ops.config import as_uri, home, load
+from cv_factory_ops.errors import ConfigError, DataError, GateRefused
+from cv_factory_ops.records import Result
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+NO_RETRY = {error.exit_code for error in (ConfigError, DataError, GateRefused)}
+GRACE_SECONDS = 10
+
+
+class StageOperator(BaseOperator):
+    """Run one stage as a process of this machine; its log lines appear live, its record is the XCom.
+
+    :param config: the project's YAML; a relative path is relative to ``CVF_HOME``
+    :param run: directory of the run; by default it follows from the project's root and the DAG run's id
+    :param data: replaces ``data.source.path``; empty keeps the project's own
+    :param overrides: further settings as a JSON object, ``{"training.epochs": 3}``
+    :param settings: settings that the DAG itself fixes; ``overrides`` win over them
+    :param runtime: where the stage runs; ``process`` is this machine
+    :param aws_conn_id: Airflow connection whose AWS credentials the stage's process is given
+    """
+
+    stage: ClassVar[str]
+    template_fields: Sequence[str] = ("config", "run", "data", "overrides", "runtime")
+    ui_color = "#e3eefa"
+    _process: subprocess.Popen[bytes] | None = None
+
+    def __init__(
+        self,
+        *,
+        config: str = "{{ params.config }}",
+        run: str = "",
+        data: str = "{{ params.data or '' }}",
+        overrides: str = "{{ params.overrides | tojson }}",
+        settings: Mapping[str, Any] | None = None,
+        runtime: str = "{{ params.runtime }}",
+        aws_conn_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        self.run = run
+        self.data = data
+        self.overrides = overrides
+        self.settings = settings
+        self.runtime = runtime
+        self.aws_conn_id = aws_conn_id
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        arguments = self._arguments(context)
+        match self.runtime:
+            case "process":
+                return self._run_process(arguments).record
+            case other:
+                raise AirflowFailException(f"runtime: {other!r} given; allowed: process")
+
+    def on_kill(self) -> None:
+        """Stop the stage and everything that it started: politely first, then for certain."""
+        if (process := self._process) is None:
+            return
+        _signal_group(process, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        _signal_group(process, signal.SIGKILL)
+
+    def _arguments(self, context: Context) -> list[str]:
+        file = str(home() / self.config)
+        settings = self._settings()
+        try:
+            project = load(file, settings)
+        except ConfigError as error:
+            raise AirflowFailException(str(error)) from None
+        dag_run = context["dag_run"]
+        run = as_uri(self.run) if self.run else run_uri(project.root, dag_run.dag_id, dag_run.run_id)
+        overrides = [part for setting in settings for part in ("--set", setting)]
+        return [self.stage, "--config", file, "--run", run, *overrides]
+
+    def _settings(self) -> list[str]:
+        """``section.field=value`` of everything that differs from the file, the strongest last."""
+        try:
+            overrides = json.loads(self.overrides or "{}") or {}
+        except json.JSONDecodeError:
+            raise AirflowFailException(f"overrides: {self.overrides!r} given; allowed is a JSON object") from None
+        if not isinstance(overrides, dict):
+            raise AirflowFailException(f"overrides: {self.overrides!r} given; allowed is a JSON object")
+        data = {"data.source.path": self.data} if self.data else {}
+        return [f"{key}={json.dumps(value)}" for key, value in {**(self.settings or {}), **data, **overrides}.items()]
+
+    def _run_process(self, arguments: list[str]) -> Result:
+        """The stage writes to files, not pipes: a dead worker must not break the pipe of a living stage."""
+        command = [sys.executable, "-m", "cv_factory_ops.cli", *arguments]
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env=os.environ | self._aws_environment(),
+                start_new_session=True,
+            )
+            try:
+                last_lines = self._follow(self._process, errors)
+            except BaseException:
+                self.on_kill()
+                raise
+            code = self._process.wait()
+            if code:
+                raise self._failure(code, last_lines)
+            output.seek(0)
+            return Result.model_validate_json(output.read().splitlines()[-1])
+
+    def _follow(self, process: subprocess.Popen[bytes], errors: BinaryIO) -> list[str]:
+        """Repeat the stage's log lines in the task's log until it ends; returns the last ones."""
+        last_lines: deque[str] = deque(maxlen=30)
+        position, begun = 0, b""
+        while True:
+            ended = process.poll() is not None
+            content = os.pread(errors.fileno(), 1 << 20, position)
+            position += len(content)
+            *lines, begun = (begun + content).split(b"\n")
+            if ended and not content and begun:
+                lines, begun = [begun], b""
+            for line in lines:
+                last_lines.append(text := line.decode(errors="replace").rstrip())
+                self.log.info("%s", text)
+            if ended and not content:
+                return list(last_lines)
+            if not content:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+
+    def _failure(self, code: int, last_lines: list[str]) -> AirflowException:
+        """The stage's own reason; exit codes 2, 3 and 4 say that a retry would change nothing."""
+        if code < 0:
+            return AirflowException(f"cvf {self.stage}: was ended by {signal.Signals(-code).name}")
+        starts = [number for number, line in enumerate(last_lines) if line.startswith(f"cvf {self.stage}: ")]
+        reason = "\n".join(last_lines[starts[-1] :] if starts else last_lines[-1:]) or f"cvf {self.stage}: exit code {code}"
+        return AirflowFailException(reason) if code in NO_RETRY else AirflowException(reason)
+
+    def _aws_environment(self) -> dict[str, str]:
+        if self.aws_conn_id is None:
+            return {}
+        from airflow.providers.amazon.aws.hooks.base_aws import AwsGenericHook
+
+        hook: Any = AwsGenericHook(aws_conn_id=self.aws_conn_id)
+        credentials = hook.get_credentials()
+        given = {
+            "AWS_ACCESS_KEY_ID": credentials.access_key,
+            "AWS_SECRET_ACCESS_KEY": credentials.secret_key,
+            "AWS_SESSION_TOKEN": credentials.token or "",  # empty hides a token of the worker's own environment
+            "AWS_DEFAULT_REGION": hook.region_name,
+            "AWS_ENDPOINT_URL": hook.conn_config.endpoint_url,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+class IngestOperator(StageOperator):
+    """Read, check and split the images."""
+
+    stage = "ingest"
+
+
+class PreprocessOperator(StageOperator):
+    """Write the training shards."""
+
+    stage = "preprocess"
+
+
+class TrainOperator(StageOperator):
+    """Train with PyTorch DDP (``torchrun``) and write the model bundle."""
+
+    stage = "train"
+    ui_color = "#d5f0dd"
+    operator_extra_links = (MlflowRunLink(),)
+
+
+class EvaluateOperator(StageOperator):
+    """Measure challenger and champion on the locked test set."""
+
+    stage = "evaluate"
+    ui_color = "#d5f0dd"
+    operator_extra_links = (MlflowRunLink(),)
+
+
+class GateOperator(StageOperator):
+    """Decide whether the challenger may be registered."""
+
+    stage = "gate"
+    ui_color = "#fdeecb"
+
+
+class RegisterOperator(StageOperator):
+    """Register the model version in MLflow."""
+
+    stage = "register"
+    ui_color = "#e6e0f5"
+    operator_extra_links = (MlflowRunLink(),)
+
+
+class DeployOperator(StageOperator):
+    """Roll the model version out to the SageMaker endpoint."""
+
+    stage = "deploy"
+    ui_color = "#fbdfcf"
+
+
+class VerifyOperator(StageOperator):
+    """Compare the live endpoint with what was asked for."""
+
+    stage = "verify"
+    ui_color = "#fbdfcf"
+
+
+class PromoteOperator(StageOperator):
+    """Move the alias ``champion`` to the verified version."""
+
+    stage = "promote"
+    ui_color = "#e6e0f5"
+    operator_extra_links = (MlflowRunLink(),)
+
+
+class DriftOperator(StageOperator):
+    """Compare the captured requests with the bundle's reference and write Evidently's report."""
+
+    stage = "drift"
+    ui_color = "#fdeecb"
+    operator_extra_links = (DriftReportLink(),)
+
+
+class DecideOperator(StageOperator):
+    """Decide whether to retrain, and store why."""
+
+    stage = "decide"
+    ui_color = "#fdeecb"
+
+
+class PredictOperator(StageOperator):
+    """Run the champion over a batch of studies."""
+
+    stage = "predict"
+    ui_color = "#d5f0dd"

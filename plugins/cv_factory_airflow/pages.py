@@ -1,0 +1,104 @@
+"""Pages in Airflow's web UI: the decisions of each project, and the drift reports in the storage.
+
+Both need a logged-in user, who sees the projects whose drift DAG that user may read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from airflow.api_fastapi.app import get_auth_manager
+from airflow.api_fastapi.auth.managers.models.base_user import BaseUser
+from airflow.api_fastapi.auth.managers.models.resource_details import DagDetails
+from airflow.api_fastapi.core_api.security import GetUserDep
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import HTMLResponse
+
+from cv_factory_airflow.links import report_page
+from cv_factory_airflow.projects import projects, stored
+from cv_factory_ops.config import ProjectConfig
+
+DECISIONS_SHOWN = 20
+OWN_ORIGIN = {"Content-Security-Policy": "sandbox allow-scripts allow-popups"}
+"""A report brings its own scripts; sandboxed, they reach neither the session nor the API of the person who looks at it."""
+
+app = FastAPI(title="CV Factory", docs_url=None, redoc_url=None, openapi_url=None)
+
+
+@app.get("/report", response_class=HTMLResponse)
+def report(uri: str, user: GetUserDep) -> HTMLResponse:
+    """An HTML page that a stage wrote below a project's root."""
+    if not any(_is_below(uri, project.root) for project in _readable_projects(user)):
+        raise HTTPException(403, "This report belongs to no project that you may read.")
+    found = stored(uri)
+    if not uri.endswith(".html") or not found.exists():
+        raise HTTPException(404, "There is no such report.")
+    return HTMLResponse(found.read_bytes(), headers=OWN_ORIGIN)
+
+
+@app.get("/decisions", response_class=HTMLResponse)
+def decisions(user: GetUserDep) -> str:
+    """The last decisions of each project, and why they were made."""
+    return PAGE.format(body="".join(_section(project) for project in _readable_projects(user)) or "<p>No project yet.</p>")
+
+
+def _readable_projects(user: BaseUser) -> Iterator[ProjectConfig]:
+    for _, project in projects():
+        dag = DagDetails(id=f"{project.project}_drift_monitor")
+        if get_auth_manager().is_authorized_dag(method="GET", details=dag, user=user):
+            yield project
+
+
+def _is_below(uri: str, root: str) -> bool:
+    """Whether a URI names something inside a root, whatever dots, escapes and symbolic links say."""
+    parts = unquote(uri).split("/")
+    if not uri.startswith(f"{root}/") or ".." in parts or "." in parts:
+        return False
+    if urlsplit(uri).scheme != "file":
+        return True
+    return stored(uri).resolve().is_relative_to(stored(root).resolve())
+
+
+def _section(project: ProjectConfig) -> str:
+    rows = "".join(_row(decision) for decision in _last_decisions(project.root))
+    table = f"<table><tr><th>Time<th>Drift<th>Decision<th>Reason<th>Report</tr>{rows}</table>" if rows else "<p>None yet.</p>"
+    return f"<h2>{escape(project.project)}</h2>{table}"
+
+
+def _last_decisions(root: str) -> list[dict[str, Any]]:
+    folder = stored(f"{root}/decisions")
+    if not folder.exists():
+        return []
+    decided = [json.loads(file.read_bytes()) for file in folder.glob("*.json")]
+    return sorted(decided, key=lambda decision: str(decision.get("time", "")), reverse=True)[:DECISIONS_SHOWN]
+
+
+def _row(decision: dict[str, Any]) -> str:
+    verdict = decision.get("verdict") or decision.get("drift") or ""
+    decided = "retrain" if decision.get("retrain") else "keep the model"
+    report = decision.get("report")
+    link = f'<a target="_blank" href="{report_page(report)}">report</a>' if report else ""
+    cells = [decision.get("time", ""), verdict, decided, decision.get("reason", "")]
+    return "<tr>" + "".join(f"<td>{escape(str(cell))}" for cell in cells) + f"<td>{link}</tr>"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>CV Factory decisions</title>
+<style>
+  :root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }}
+  body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+  table {{ border-collapse: collapse; width: 100%; }}
+  th, td {{ text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid #8884; }}
+  td:first-child {{ white-space: nowrap; font-variant-numeric: tabular-nums; }}
+</style>
+<h1>Decisions</h1>
+{body}
+</html>
+"""

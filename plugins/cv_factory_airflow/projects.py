@@ -1,0 +1,137 @@
+"""What the DAG files share: the projects they loop over, the trigger form, the chain of a training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import CronTriggerTimetable, Param, chain
+
+from cv_factory_airflow.operators import (
+    DeployOperator,
+    EvaluateOperator,
+    GateOperator,
+    IngestOperator,
+    PreprocessOperator,
+    PromoteOperator,
+    RegisterOperator,
+    TrainOperator,
+    VerifyOperator,
+)
+from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.errors import ConfigError
+
+if TYPE_CHECKING:
+    from airflow.sdk import ObjectStoragePath
+
+
+def configs_folder() -> Path:
+    """Folder of the projects' YAML files: ``CVF_CONFIGS``, or ``configs/`` beside Airflow's DAG folder."""
+    from airflow.sdk import conf
+
+    if given := os.environ.get("CVF_CONFIGS"):
+        return Path(given).resolve()
+    return Path(conf.get("core", "dags_folder")).resolve().parent / "configs"
+
+
+def projects() -> list[tuple[Path, ProjectConfig]]:
+    """Every project whose YAML is fine, in the order of the file names.
+
+    A broken one must not take the others' DAGs with it; :func:`broken_projects` tells of it.
+    """
+    return [(path, loaded) for path, loaded in _load_all() if isinstance(loaded, ProjectConfig)]
+
+
+def broken_projects() -> list[ConfigError]:
+    """What is wrong with the other YAML files; each message names its file."""
+    return [loaded for _, loaded in _load_all() if isinstance(loaded, ConfigError)]
+
+
+def _load_all() -> list[tuple[Path, ProjectConfig | ConfigError]]:
+    files = sorted(configs_folder().glob("*.yaml"))
+    return [(file, _load(file, file.stat().st_mtime_ns)) for file in files]
+
+
+@cache
+def _load(file: Path, changed: int) -> ProjectConfig | ConfigError:
+    """A file is read once a change, however many DAG files this process parses."""
+    try:
+        return load(file)
+    except ConfigError as error:
+        return error
+
+
+def dag_settings(path: Path, config: ProjectConfig, schedule: str | None = None) -> dict[str, Any]:
+    """The arguments that all DAGs of a project have in common.
+
+    A schedule begins with its next date: a new project is not checked for drift the moment it appears. A DAG without one
+    only ever runs on demand, so it starts unpaused: a triggered run must not wait unseen.
+    """
+    never_at_once = timedelta(0)
+    return {
+        "schedule": CronTriggerTimetable(schedule, timezone="UTC", run_immediately=never_at_once) if schedule else None,
+        "catchup": False,
+        "max_active_runs": 1,
+        "is_paused_upon_creation": None if schedule else False,
+        "tags": [config.project, "cv-factory", *config.tags],
+        "params": _params(path, config),
+        "default_args": {
+            "retries": 2,
+            "retry_delay": timedelta(seconds=5),
+            "retry_exponential_backoff": 2.0,
+            "max_retry_delay": timedelta(minutes=5),
+            "execution_timeout": timedelta(hours=2),
+            "aws_conn_id": os.environ.get("CVF_AWS_CONN_ID"),
+        },
+    }
+
+
+def training_stages(settings: Mapping[str, Any] | None = None) -> None:
+    """The chain of a training, in the DAG that is being built; ``settings`` override the project's YAML."""
+    chain(
+        IngestOperator(task_id="ingest", settings=settings),
+        PreprocessOperator(task_id="preprocess", settings=settings),
+        TrainOperator(task_id="train", settings=settings, execution_timeout=timedelta(days=1)),
+        EvaluateOperator(task_id="evaluate", settings=settings),
+        GateOperator(task_id="gate", settings=settings),
+        RegisterOperator(task_id="register", settings=settings),
+        DeployOperator(task_id="deploy", settings=settings),
+        VerifyOperator(task_id="verify", settings=settings),
+        PromoteOperator(task_id="promote", settings=settings),
+    )
+
+
+def stored(uri: str) -> ObjectStoragePath:
+    """An object of the storage, ``file://`` or ``s3://``; S3 uses the connection that ``CVF_AWS_CONN_ID`` names."""
+    from airflow.sdk import ObjectStoragePath
+
+    return ObjectStoragePath(uri, conn_id=os.environ.get("CVF_AWS_CONN_ID"))
+
+
+def _params(path: Path, config: ProjectConfig) -> dict[str, Param]:
+    return {
+        "config": Param(str(path), type="string", title="Project", description="The project's YAML file"),
+        "data": Param(
+            None,
+            type=["null", "string"],
+            title="Data",
+            description="Other data than the project's own: a path or s3:// URI for data.source.path",
+        ),
+        "runtime": Param(
+            config.runtime.kind,
+            type="string",
+            enum=["process"],
+            title="Runtime",
+            description="Where the stages run: process is the Airflow worker's machine",
+        ),
+        "overrides": Param(
+            {},
+            type="object",
+            title="Overrides",
+            description='Other settings for this run, such as {"training.epochs": 3}',
+        ),
+    }

@@ -1,0 +1,73 @@
+"""What many tests share: a tiny project in a folder of its own, and a real S3 by moto's server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cv_factory_ops import storage
+
+TINY: dict[str, Any] = {
+    "project": "tiny",
+    "labels": ["normal", "opacity"],
+    "data": {"source": {"kind": "phantoms", "patients": 60, "image_size": 48, "seed": 3}},
+    "splits": {"val": 0.25, "test": 0.25},
+    "preprocessing": {"size": 32},
+    "model": {"kind": "small_cnn", "width": 4},
+    "training": {"epochs": 2, "batch_size": 8, "processes": 1, "learning_rate": 0.003},
+    "gate": {"minimum": 0.0, "margin": 1.0, "bootstrap": 100},
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own for every test: storage, MLflow and key below ``tmp_path``."""
+    monkeypatch.setenv("CVF_HOME", str(tmp_path))
+    monkeypatch.setenv("CVF_PSEUDONYM_KEY", "a key for tests")
+    for name in ("CVF_STORAGE", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL_SAGEMAKER", "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def project(home: Path) -> Callable[..., Path]:
+    """Write a project's YAML: the tiny one with sections replaced by keyword."""
+
+    def write(**sections: Any) -> Path:
+        path = home / "project.yaml"
+        path.write_text(yaml.safe_dump({**TINY, **sections}))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of a moto server."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of an empty bucket; boto3 is pointed at the moto server by environment, as a deployment would be."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    storage._s3.cache_clear()
+    name = f"bucket-{abs(hash(request.node.nodeid)) % 10**10}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    yield name
+    storage._s3.cache_clear()
