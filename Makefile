@@ -43,7 +43,7 @@ format: install  ## format the code
 	$(BIN)/ruff format .
 
 docs: install  ## write docs/configuration.md anew
-	$(BIN)/python -m docs.configuration
+	$(BIN)/python docs/generate.py
 
 airflow-db: install  ## prepare the database of `airflow dags test` (see airflow.env)
 	. ./airflow.env && $(BIN)/airflow db migrate

@@ -7,7 +7,11 @@ git sha, run URI.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +49,10 @@ def connect(config: ProjectConfig) -> MlflowClient:
         Unavailable: the store does not answer.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = tracking_uri(config)
     mlflow.set_tracking_uri(uri)
     try:
@@ -89,7 +95,9 @@ def run_page(client: MlflowClient, run_id: str) -> str:
 
 def champion(config: ProjectConfig) -> Champion | None:
     """The current champion of a project, None before the first promotion."""
-    version = _by_alias(connect(config), config.project, "champion")
+    client = connect(config)
+    with _explained(f"model {config.project}"):
+        version = _by_alias(client, config.project, "champion")
     if version is None:
         return None
     tags = version.tags
@@ -101,8 +109,7 @@ def register(stage: Stage) -> RegisterRecord:
     train, ingest, gate = stage.read(TrainRecord), stage.read(IngestRecord), stage.read(GateRecord)
     if gate.verdict != "passed":
         raise DataError(f"{stage.run}: the gate has not passed")
-    client, name, run_id = connect(stage.config), stage.config.project, train.mlflow_run_id
-    bundle = stage.local(train.bundle)
+    name, run_id, bundle = stage.config.project, train.mlflow_run_id, stage.local(train.bundle)
     tags = {
         "bundle": train.bundle,
         "bundle_digest": train.bundle_digest,
@@ -111,9 +118,11 @@ def register(stage: Stage) -> RegisterRecord:
         "git_sha": json.loads((bundle / "bundle.json").read_text())["git_sha"],
         RUN_TAG: stage.run,
     }
-    version = _version_of_run(client, name, run_id) or _new_version(client, name, run_id, bundle, tags)
-    client.set_registered_model_alias(name, "challenger", str(version))
-    client.set_terminated(run_id)
+    client = connect(stage.config)
+    with _explained(f"model {name}"):
+        version = _version_of_run(client, name, run_id) or _new_version(client, name, run_id, bundle, tags)
+        client.set_registered_model_alias(name, "challenger", str(version))
+        client.set_terminated(run_id)
     return RegisterRecord(
         summary=f"version {version} of {name}, bundle {train.bundle_digest[:12]}",
         links=train.links,
@@ -138,9 +147,10 @@ def promote(stage: Stage) -> PromoteRecord:
         )
     _lock_test_set(stage)
     client, name, version = connect(stage.config), registered.model_name, registered.model_version
-    previous = _previous(client, name, version)
-    client.set_model_version_tag(name, str(version), "previous_champion", str(previous or ""))
-    client.set_registered_model_alias(name, "champion", str(version))
+    with _explained(f"model {name}"):
+        previous = _previous(client, name, version)
+        client.set_model_version_tag(name, str(version), "previous_champion", str(previous or ""))
+        client.set_registered_model_alias(name, "champion", str(version))
     return PromoteRecord(
         summary=f"champion is version {version}" + (f" (was {previous})" if previous else ""),
         model_name=name,
@@ -173,6 +183,19 @@ def _experiment(client: MlflowClient, config: ProjectConfig) -> str:
     return str(client.create_experiment(config.project, artifact_location=place))
 
 
+@contextmanager
+def _explained(subject: str) -> Iterator[None]:
+    """Turn what MLflow raises into one line of ours."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        lost = error.error_code == "RESOURCE_DOES_NOT_EXIST"
+        kind = DataError if lost else Unavailable
+        raise kind(f"{subject}: MLflow answered {error.error_code}: {' '.join(error.message.split())[:200]}") from None
+
+
 def _by_alias(client: MlflowClient, name: str, alias: str) -> Any:
     from mlflow.exceptions import MlflowException
 
@@ -181,7 +204,7 @@ def _by_alias(client: MlflowClient, name: str, alias: str) -> Any:
     except MlflowException as error:
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             return None
-        raise Unavailable(f"MLflow: {error.error_code} while looking up {name}@{alias}") from None
+        raise
 
 
 def _version_of_run(client: MlflowClient, name: str, run_id: str) -> int | None:
@@ -210,7 +233,8 @@ def _log_pyfunc(client: MlflowClient, run_id: str, bundle: Path) -> str:
 
     import cv_factory_ops
 
-    with mlflow.start_run(run_id=run_id):
+    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow wants a signature from type hints or examples; ours is given
         model = mlflow.pyfunc.log_model(
             name="bundle",
             python_model=str(Path(__file__).with_name("pyfunc.py")),

@@ -92,6 +92,21 @@ def listing(uri: str, after: str = "") -> Iterator[str]:
                 yield name
 
 
+def versions(uri: str) -> Iterator[tuple[str, str]]:
+    """Names and marks of change (size and time, or ETag) of an object, or of all objects below a directory or prefix."""
+    with _explained(uri):
+        if path := path_of(uri):
+            for item in [path] if path.is_file() else sorted(path.rglob("*")):
+                if item.is_file():
+                    yield str(item.relative_to(path)), f"{item.stat().st_size} {item.stat().st_mtime_ns}"
+            return
+        bucket, key = _bucket_key(uri)
+        for page in _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+            for item in page.get("Contents", []):
+                if item["Key"] == key or item["Key"].startswith(f"{key}/"):
+                    yield item["Key"][len(key) + 1 :], item["ETag"]
+
+
 def upload_tree(folder: Path, uri: str, last: str | None = None) -> None:
     """Copy a folder's files below a URI; ``last`` names the file that is written after all others."""
     names = sorted(str(item.relative_to(folder)) for item in folder.rglob("*") if item.is_file())

@@ -18,7 +18,8 @@ def wants_retraining(decision: dict[str, bool]) -> bool:
 
 
 for path, config in projects():
-    with DAG(f"{config.project}_drift_monitor", doc_md=__doc__, **dag_settings(path, config, config.schedule.drift_monitor)):
+    schedule = config.schedule.drift_monitor
+    with DAG(f"{config.project}_drift_monitor", doc_md=__doc__, **dag_settings(path, config, schedule)):
         chain(
             CaptureWindowSensor(task_id="wait_for_requests"),
             DriftOperator(task_id="drift"),

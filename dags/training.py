@@ -9,5 +9,6 @@ from airflow.sdk import DAG
 from cv_factory_airflow.projects import dag_settings, projects, training_stages
 
 for path, config in projects():
-    with DAG(f"{config.project}_training", doc_md=__doc__, **dag_settings(path, config, config.schedule.training)):
+    schedule = config.schedule.training
+    with DAG(f"{config.project}_training", doc_md=__doc__, **dag_settings(path, config, schedule)):
         training_stages()

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset, config, dcmread
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_color_lut, pixel_array
-from pydicom.pixels.utils import get_expected_length
-from pydicom.uid import UID
+from pydicom.pixels.processing import apply_color_lut
+from pydicom.pixels.utils import get_expected_length, pixel_array
+from pydicom.uid import UID, RLELossless
 
 from cv_factory_ops.domain import Decoded, Metadata, pseudonym
 from cv_factory_ops.errors import Rejected
@@ -174,7 +174,9 @@ def _adopt_frame_attributes(study: Dataset, index: int) -> None:
 def _shown(study: Dataset, index: int) -> NDArray[np.float32]:
     """(rows, columns), 0 (black) .. 1 (white)"""
     frames = int(number(study, "NumberOfFrames") or 1)
-    stored = pixel_array(study, index=index if frames > 1 else 0)
+    # On broken RLE the faster plugin panics, with an exception that is no Exception; pydicom's own decoder raises.
+    plugin = "pydicom" if study.file_meta.TransferSyntaxUID == RLELossless else ""
+    stored = pixel_array(study, index=index if frames > 1 else 0, decoding_plugin=plugin)
     photometric = study.PhotometricInterpretation
     if photometric == "PALETTE COLOR":
         colours = apply_color_lut(stored, study)
@@ -185,7 +187,8 @@ def _shown(study: Dataset, index: int) -> NDArray[np.float32]:
         shown = _grey(stored, study)
         if photometric == "MONOCHROME1":
             shown = 1.0 - shown
-    return np.clip(shown, 0.0, 1.0).astype(np.float32)
+    image: NDArray[np.float32] = np.clip(shown, 0.0, 1.0).astype(np.float32)
+    return image
 
 
 def _grey(stored: NDArray[np.generic], study: Dataset) -> NDArray[np.float64]:

@@ -147,7 +147,7 @@ class _Patient:
     def study(self, view: int, scanners: Sequence[Scanner]) -> bytes:
         """A DICOM Part 10 file."""
         rng = np.random.default_rng([self.seed, self.number, view])
-        scanner = scanners[rng.integers(len(scanners))]
+        scanner = scanners[int(rng.integers(len(scanners)))]
         bits = int(rng.choice(scanner.bits_stored))
         shown = _acquire(_chest(self, rng), scanner, rng)
         return _file(self, view, scanner, bits, shown)
@@ -172,7 +172,8 @@ def _chest(patient: _Patient, rng: Generator) -> Image:
     image += _vessels(x, y, rng) * lungs
     if patient.kind:
         image += _opacity(x, y, patient) * np.clip(lungs + 0.15, 0, 1)
-    return image
+    chest: Image = image
+    return chest
 
 
 def _grid(size: int, rng: Generator) -> tuple[Image, Image]:
@@ -210,7 +211,8 @@ def _opacity(x: Image, y: Image, patient: _Patient) -> Image:
 
 def _edge(signed: Image, softness: float) -> Image:
     """1 where ``signed`` is positive, 0 where negative, with a soft edge."""
-    return 1.0 / (1.0 + np.exp(np.clip(-signed / (softness / 2), -30, 30)))
+    edge: Image = 1.0 / (1.0 + np.exp(np.clip(-signed / (softness / 2), -30, 30)))
+    return edge
 
 
 def _acquire(attenuation: Image, scanner: Scanner, rng: Generator) -> Image:

@@ -12,7 +12,6 @@ import base64
 import json
 import os
 import secrets
-import shlex
 import signal
 import socket
 import subprocess
@@ -292,9 +291,8 @@ def _environment(home: Path, ports: dict[str, int], addresses: dict[str, str]) -
         "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": addresses["endpoint"],
         "AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
     }
-    script = f". {shlex.quote(str(CHECKOUT / 'airflow.env'))} && env -0"
-    listed = subprocess.run(["sh", "-c", script], env=given, capture_output=True, check=True).stdout
-    return dict(line.split("=", 1) for line in listed.decode().split("\0") if "=" in line)
+    listed = subprocess.run(["sh", "-c", ". ./airflow.env && env -0"], cwd=CHECKOUT, env=given, capture_output=True, check=True)
+    return dict(line.split("=", 1) for line in listed.stdout.decode().split("\0") if "=" in line)
 
 
 def _secrets(home: Path) -> dict[str, str]:

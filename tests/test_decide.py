@@ -103,7 +103,7 @@ def test_drift_with_labels_retrains(project: Project) -> None:
     project.label("s2", "never captured")
     record = project.decide("scheduled__2026-03-01T00:00:00+00:00")
     assert record.retrain
-    assert record.reason == f"{SUMMARY['drift']}; 3 labelled studies have arrived so far, at least 3 were needed"
+    assert record.reason == f"{SUMMARY['drift']}; 3 labelled studies have arrived so far (3 needed)"
     name = record.decision.rsplit("/", 1)[1]
     decision = Decision.model_validate_json(storage.read_bytes(record.decision))
     assert name.startswith(decision.time.strftime("%Y%m%dT%H%M%S"))

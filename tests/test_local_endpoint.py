@@ -1,5 +1,6 @@
 """The local endpoint as a real process, seen through unmodified boto3 clients."""
 
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,6 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
-from bundles import IMAGE, free_port, npy, png, start_cvf, wait_until, write_bundle
 
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import pack
@@ -23,7 +23,9 @@ from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.deploy.local import ensure_running
 from cv_factory_ops.deploy.spool import Spool
 from cv_factory_ops.errors import Unavailable
+from tests.bundles import IMAGE, free_port, npy, png, start_cvf, wait_until, write_bundle
 
+KEYS = {"region_name": "us-east-1", "aws_access_key_id": "x", "aws_secret_access_key": "x"}
 ROLE = "arn:aws:iam::000000000000:role/local"
 
 
@@ -34,10 +36,9 @@ class Server:
         folder.mkdir(exist_ok=True)
         self.folder, self.state, self.port = folder, folder / "state", free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        keys = {"region_name": "us-east-1", "aws_access_key_id": "x", "aws_secret_access_key": "x"}
         once = Config(retries={"max_attempts": 0})
-        self.control: Any = boto3.client("sagemaker", endpoint_url=self.url, config=once, **keys)
-        self.runtime: Any = boto3.client("sagemaker-runtime", endpoint_url=self.url, config=once, **keys)
+        self.control: Any = boto3.client("sagemaker", endpoint_url=self.url, config=once, **KEYS)
+        self.runtime: Any = boto3.client("sagemaker-runtime", endpoint_url=self.url, config=once, **KEYS)
         self.start()
 
     def start(self) -> None:
@@ -135,7 +136,7 @@ def error_of(call: Any, **arguments: Any) -> tuple[str, str]:
     return caught.value.response["Error"]["Code"], caught.value.response["Error"]["Message"]
 
 
-def test_every_answer_has_the_shape_of_botocores_model(server: Server, tmp_path: Path) -> None:
+def test_every_answer_has_the_shape_of_botocores_model(server: Server) -> None:
     """botocore parses leniently, so each parsed answer is validated against the output shape as well."""
     client = server.control
     capture = {
@@ -175,6 +176,22 @@ def test_every_answer_has_the_shape_of_botocores_model(server: Server, tmp_path:
     check_answer(client, "DeleteEndpoint", {"EndpointName": "shape"})
     wait_until(lambda: "shape" not in names(client))
     client.delete_endpoint_config(EndpointConfigName="shape")
+
+
+def test_the_typed_resources_of_sagemaker_read_every_answer(server: Server, project: Callable[..., Path]) -> None:
+    from sagemaker.core.resources import Endpoint, EndpointConfig, Model
+
+    capturing(server, "typed", load(project()))
+    session: Any = boto3.Session(**KEYS)
+    session.client = functools.partial(session.client, endpoint_url=server.url)
+    where = {"session": session, "region": "us-east-1"}
+    endpoint = Endpoint.get(endpoint_name="typed", **where)
+    assert endpoint.endpoint_status == "InService"
+    config = EndpointConfig.get(endpoint_config_name=endpoint.endpoint_config_name, **where)
+    assert Model.get(model_name=config.production_variants[0].model_name, **where).primary_container.image == "cv-factory"
+    endpoint.delete()
+    endpoint.wait_for_delete(poll=1, timeout=30)
+    config.delete()
 
 
 def check_answer(client: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:

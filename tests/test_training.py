@@ -127,7 +127,7 @@ def test_a_killed_rank_ends_the_others_and_may_be_tried_again(project: Project, 
     os.kill(ranks[1], signal.SIGKILL)
     _, errors = training.communicate(timeout=120)
     assert training.returncode == 75
-    assert errors.strip().splitlines()[-1].startswith("cvf train: train: rank 1 ended with exit code -9")
+    assert errors.strip().splitlines()[-1].startswith("cvf train: rank 1 was ended by SIGKILL")
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
@@ -212,8 +212,9 @@ def test_the_archive_of_a_bundle_is_the_same_bytes_each_time(project: Project, h
 
 
 def test_shards_are_the_prepared_images_in_the_order_of_their_rows(run: str, home: Path) -> None:
-    from cv_factory_ops.config import PreprocessingConfig
     from cv_factory_ops.ingestion.manifest import read_images
+
+    from cv_factory_ops.config import PreprocessingConfig
     from cv_factory_ops.preprocessing.pipeline import prepare
     from cv_factory_ops.training.data import Shard
 

@@ -59,13 +59,12 @@ class Shelf:
             raise ServiceError(f"Value {name[:80]!r} at '{self._kind}Name' must satisfy regular expression {NAME.pattern}")
         if name in self._items:
             raise ServiceError(f'Cannot create already existing {self._title} "{self.arn(name)}".')
-        self._items[name] = {**item, "CreationTime": time.time()}
-        self.save(name)
+        self.save(name, {**item, "CreationTime": time.time()})
         return self.arn(name)
 
-    def save(self, name: str) -> None:
-        content = json.dumps(self._items[name], indent=2).encode()
-        storage.write_bytes((self._folder / f"{name}.json").resolve().as_uri(), content)
+    def save(self, name: str, item: Item) -> None:
+        storage.write_bytes((self._folder / f"{name}.json").resolve().as_uri(), json.dumps(item, indent=2).encode())
+        self._items[name] = item
 
     def remove(self, name: str) -> None:
         self.get(name)
@@ -226,9 +225,9 @@ class ControlPlane:
         shelf, name = self._by_arn(_required(given, "ResourceArn"))
         item = shelf.get(name)
         merged = {tag["Key"]: tag["Value"] for tag in (*item.get("Tags", []), *_required(given, "Tags"))}
-        item["Tags"] = [{"Key": key, "Value": value} for key, value in merged.items()]
-        shelf.save(name)
-        return {"Tags": item["Tags"]}
+        tags = [{"Key": key, "Value": value} for key, value in merged.items()]
+        shelf.save(name, {**item, "Tags": tags})
+        return {"Tags": tags}
 
     # ---- rollouts -------------------------------------------------------------------------------------------------------
 
@@ -238,7 +237,7 @@ class ControlPlane:
         fleet = Fleet(target, self._processes)
         try:
             await fleet.start()
-        except NotHealthy as error:
+        except (NotHealthy, OSError) as error:
             await self._go_back(name, fleet, str(error))
             return
         self._set(name, EndpointStatus="InService", Current=target, Target=None)
@@ -264,7 +263,7 @@ class ControlPlane:
             fleet = Fleet(item["Current"], self._processes)
             try:
                 await fleet.start()
-            except NotHealthy as error:
+            except (NotHealthy, OSError) as error:
                 await fleet.stop()
                 self._set(name, EndpointStatus="Failed", FailureReason=str(error)[:1024])
                 return
@@ -284,8 +283,7 @@ class ControlPlane:
         task.add_done_callback(lambda done: self._tasks.pop(name) if self._tasks.get(name) is done else None)
 
     def _set(self, name: str, **changes: Any) -> None:
-        self.endpoints.get(name).update(changes, LastModifiedTime=time.time())
-        self.endpoints.save(name)
+        self.endpoints.save(name, {**self.endpoints.get(name), **changes, "LastModifiedTime": time.time()})
 
     def _require_settled(self, name: str) -> None:
         if self.endpoints.get(name)["EndpointStatus"] in IN_PROGRESS:

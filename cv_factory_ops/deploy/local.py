@@ -33,8 +33,8 @@ from cv_factory_ops import captures
 from cv_factory_ops.deploy.control_plane import ACCOUNT, ControlPlane, ServiceError
 from cv_factory_ops.deploy.spool import Spool
 from cv_factory_ops.deploy.variants import NotHealthy, Variant
-from cv_factory_ops.errors import Unavailable
-from cv_factory_ops.serving.server import LARGEST_BODY, listen, read_body, run
+from cv_factory_ops.errors import CvFactoryError, Unavailable
+from cv_factory_ops.server import LARGEST_BODY, listen, read_body, run
 
 log = logging.getLogger("cvf")
 
@@ -63,7 +63,7 @@ def ensure_running(url: str, state: Path) -> None:
     if _answers(url):
         return
     parts = urllib.parse.urlsplit(url)
-    if parts.hostname not in {"127.0.0.1", "localhost", "::1"}:
+    if parts.hostname not in {"127.0.0.1", "localhost"}:
         raise Unavailable(f"{url}: nothing answers there, and it is not this machine; start `cvf endpoint` on it")
     state.mkdir(parents=True, exist_ok=True)
     address = ("--host", parts.hostname, "--port", str(parts.port or 80))
@@ -123,6 +123,8 @@ async def _control(request: Request) -> Response:
         answer, status = await plane.operations[name](given), 200
     except ServiceError as error:
         answer, status = {"__type": error.code, "message": str(error)}, error.status
+    except CvFactoryError as error:  # the state directory cannot be written
+        answer, status = {"__type": "InternalFailure", "message": str(error)}, 500
     return Response(json.dumps(answer), status, _request_id(), media_type="application/x-amz-json-1.1")
 
 

@@ -2,6 +2,9 @@
 
 The same calls go to both; only the address, the role, the image and the credentials differ. Every name follows from the
 bundle's digest and the settings, so a retry after a crash between any two calls finds what is there and goes on.
+
+Plain boto3: the typed ``Endpoint`` of sagemaker 3 cannot read what the service answers for an endpoint that captures without
+a KMS key (aws/sagemaker-python-sdk issue 5738), and takes two seconds to import.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ log = logging.getLogger("cvf")
 IN_PROGRESS = {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}
 LOCAL_REGION = "us-east-1"
 VARIANT = "AllTraffic"
+Tags = list[dict[str, str]]
 
 
 def run(stage: Stage) -> DeployRecord:
@@ -40,13 +44,13 @@ def run(stage: Stage) -> DeployRecord:
     registered = stage.read(RegisterRecord)
     config, digest = stage.config, registered.bundle_digest
     with explained(config):
-        aws = session(config)
+        client = session(config).client("sagemaker")
         model_name = f"{config.endpoint_name}-{digest[:12]}"
         config_name = f"{model_name}-{_settings_digest(config)}"
-        tags = {"project": config.project, "run": stage.run, "bundle-digest": digest}
-        _create_model(aws, config, model_name, _model_data(stage, registered), tags)
-        _create_endpoint_config(aws, config, config_name, model_name, tags)
-        previous = _roll_out(aws, config, config_name, tags)
+        tags = _tags({"project": config.project, "run": stage.run, "bundle-digest": digest})
+        _create_model(client, config, model_name, _model_data(stage, registered), tags)
+        _create_endpoint_config(client, config, config_name, model_name, tags)
+        previous = _roll_out(client, config, config_name, tags)
     return DeployRecord(
         summary=f"endpoint {config.endpoint_name} serves model version {registered.model_version} (bundle {digest[:12]})",
         endpoint_name=config.endpoint_name,
@@ -97,11 +101,9 @@ def explained(config: ProjectConfig) -> Iterator[None]:
         raise _explained(error, f"endpoint {config.endpoint_name}") from None
 
 
-def describe(aws: Any, endpoint_name: str) -> Any:
-    """The endpoint as ``sagemaker.core.resources.Endpoint``; None where there is none."""
-    from sagemaker.core.resources import Endpoint
-
-    return _found(Endpoint.get, endpoint_name=endpoint_name, session=aws, region=aws.region_name)
+def describe(client: Any, endpoint_name: str) -> dict[str, Any] | None:
+    """The answer of DescribeEndpoint; None where there is no such endpoint."""
+    return _found(client.describe_endpoint, EndpointName=endpoint_name)
 
 
 def _model_data(stage: Stage, registered: RegisterRecord) -> str:
@@ -128,76 +130,62 @@ def _settings_digest(config: ProjectConfig) -> str:
     return storage.text_digest(f"{settings} {captures.folder(config)}")[:8]
 
 
-def _create_model(aws: Any, config: ProjectConfig, name: str, model_data: str, tags: dict[str, str]) -> None:
-    from sagemaker.core.resources import Model
-    from sagemaker.core.shapes import ContainerDefinition
-
-    where = {"session": aws, "region": aws.region_name}
-    if _found(Model.get, model_name=name, **where):
+def _create_model(client: Any, config: ProjectConfig, name: str, model_data: str, tags: Tags) -> None:
+    if _found(client.describe_model, ModelName=name):
         return
     image, role = _image_and_role(config.deploy)
-    container = ContainerDefinition(image=image, model_data_url=model_data, environment={"OMP_NUM_THREADS": "1"})
-    Model.create(model_name=name, primary_container=container, execution_role_arn=role, tags=_tags(tags), **where)
+    container = {"Image": image, "ModelDataUrl": model_data, "Environment": {"OMP_NUM_THREADS": "1"}}
+    client.create_model(ModelName=name, PrimaryContainer=container, ExecutionRoleArn=role, Tags=tags)
     log.info("deploy: created model %s", name)
 
 
-def _create_endpoint_config(aws: Any, config: ProjectConfig, name: str, model_name: str, tags: dict[str, str]) -> None:
-    from sagemaker.core.resources import EndpointConfig
-    from sagemaker.core.shapes import CaptureContentTypeHeader, CaptureOption, DataCaptureConfig, ProductionVariant
-
-    where = {"session": aws, "region": aws.region_name}
-    if _found(EndpointConfig.get, endpoint_config_name=name, **where):
+def _create_endpoint_config(client: Any, config: ProjectConfig, name: str, model_name: str, tags: Tags) -> None:
+    if _found(client.describe_endpoint_config, EndpointConfigName=name):
         return
     instance_type, count = _instances(config.deploy)
-    variant = ProductionVariant(
-        variant_name=VARIANT,
-        model_name=model_name,
-        instance_type=instance_type,
-        initial_instance_count=count,
-        initial_variant_weight=1.0,
-    )
-    capture = DataCaptureConfig(
-        enable_capture=True,
-        initial_sampling_percentage=100,
-        destination_s3_uri=captures.folder(config),
-        capture_options=[CaptureOption(capture_mode="Input"), CaptureOption(capture_mode="Output")],
-        capture_content_type_header=CaptureContentTypeHeader(json_content_types=["application/json"]),
-    )
-    EndpointConfig.create(
-        endpoint_config_name=name, production_variants=[variant], data_capture_config=capture, tags=_tags(tags), **where
-    )
+    variant = {
+        "VariantName": VARIANT,
+        "ModelName": model_name,
+        "InstanceType": instance_type,
+        "InitialInstanceCount": count,
+        "InitialVariantWeight": 1.0,
+    }
+    capture = {
+        "EnableCapture": True,
+        "InitialSamplingPercentage": 100,
+        "DestinationS3Uri": captures.folder(config),
+        "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
+        "CaptureContentTypeHeader": {"JsonContentTypes": ["application/json"]},
+    }
+    client.create_endpoint_config(EndpointConfigName=name, ProductionVariants=[variant], DataCaptureConfig=capture, Tags=tags)
     log.info("deploy: created endpoint config %s", name)
 
 
-def _roll_out(aws: Any, config: ProjectConfig, config_name: str, tags: dict[str, str]) -> str | None:
+def _roll_out(client: Any, config: ProjectConfig, config_name: str, tags: Tags) -> str | None:
     """Create or update the endpoint, or join a rollout in progress; returns the endpoint config that served before."""
-    from sagemaker.core.resources import Endpoint
-
     name, deadline = config.endpoint_name, time.monotonic() + config.deploy.timeout
-    endpoint = _settled(aws, name, deadline)
-    if endpoint and endpoint.endpoint_status == "Failed":  # an endpoint that never served can only be deleted
-        log.info("deploy: endpoint %s failed before (%s); creating it anew", name, endpoint.failure_reason)
-        endpoint.delete()
-        endpoint = _settled(aws, name, deadline)
-    previous = endpoint.endpoint_config_name if endpoint else None
+    endpoint = _settled(client, name, deadline)
+    if endpoint and endpoint["EndpointStatus"] == "Failed":  # what never served can only be deleted
+        log.info("deploy: endpoint %s failed before (%s); creating it anew", name, endpoint.get("FailureReason"))
+        client.delete_endpoint(EndpointName=name)
+        endpoint = _settled(client, name, deadline)
+    previous: str | None = endpoint["EndpointConfigName"] if endpoint else None
     if endpoint is None:
         log.info("deploy: creating endpoint %s with %s", name, config_name)
-        where = {"session": aws, "region": aws.region_name}
-        Endpoint.create(endpoint_name=name, endpoint_config_name=config_name, tags=_tags(tags), **where)
+        client.create_endpoint(EndpointName=name, EndpointConfigName=config_name, Tags=tags)
     elif previous != config_name:
         log.info("deploy: updating endpoint %s from %s to %s", name, previous, config_name)
-        endpoint.endpoint_config_name = config_name
-        endpoint.update()
-    _require_rolled_out(_settled(aws, name, deadline), name, config_name)
+        client.update_endpoint(EndpointName=name, EndpointConfigName=config_name)
+    _require_rolled_out(_settled(client, name, deadline), name, config_name)
     return previous if previous != config_name else None
 
 
-def _settled(aws: Any, name: str, deadline: float) -> Any:
+def _settled(client: Any, name: str, deadline: float) -> dict[str, Any] | None:
     """The endpoint once nothing is in progress; None where there is none."""
     pause, seen = 0.1, ""
-    while (endpoint := describe(aws, name)) and endpoint.endpoint_status in IN_PROGRESS:
-        if endpoint.endpoint_status != seen:
-            seen = endpoint.endpoint_status
+    while (endpoint := describe(client, name)) and endpoint["EndpointStatus"] in IN_PROGRESS:
+        if endpoint["EndpointStatus"] != seen:
+            seen = endpoint["EndpointStatus"]
             log.info("deploy: endpoint %s is %s", name, seen)
         if time.monotonic() > deadline:
             raise Unavailable(f"endpoint {name}: is still {seen} after deploy.timeout; a retry goes on waiting")
@@ -206,13 +194,13 @@ def _settled(aws: Any, name: str, deadline: float) -> Any:
     return endpoint
 
 
-def _require_rolled_out(endpoint: Any, name: str, config_name: str) -> None:
+def _require_rolled_out(endpoint: dict[str, Any] | None, name: str, config_name: str) -> None:
     if endpoint is None:
         raise Unavailable(f"endpoint {name}: was deleted during its rollout")
-    status, serves = endpoint.endpoint_status, endpoint.endpoint_config_name
+    status, serves = endpoint["EndpointStatus"], endpoint["EndpointConfigName"]
     if status == "InService" and serves == config_name:
         return
-    reason = " ".join((endpoint.failure_reason or "no reason given").split())
+    reason = " ".join(endpoint.get("FailureReason", "no reason given").split())
     outcome = f"rolled back to {serves}" if status == "InService" else f"is {status}"
     problem: type[CvFactoryError] = Unavailable if "capacity" in reason.lower() else DataError
     raise problem(f"endpoint {name}: the rollout of {config_name} failed, it {outcome}: {reason}")
@@ -230,18 +218,16 @@ def _instances(deploy: Deploy) -> tuple[str, int]:
     return deploy.instance_type, deploy.instance_count
 
 
-def _tags(tags: dict[str, str]) -> list[Any]:
-    from sagemaker.core.shapes import Tag
-
-    return [Tag(key=key, value=value) for key, value in tags.items()]
+def _tags(tags: dict[str, str]) -> Tags:
+    return [{"Key": key, "Value": value} for key, value in tags.items()]
 
 
-def _found(get: Callable[..., Any], **names: Any) -> Any:
-    """A resource, or None where the service could not find it."""
+def _found(describe: Callable[..., dict[str, Any]], **names: str) -> dict[str, Any] | None:
+    """A description, or None where the service could not find the resource."""
     from botocore.exceptions import ClientError
 
     try:
-        return get(**names)
+        return describe(**names)
     except ClientError as error:
         if "could not find" in str(error).lower():
             return None

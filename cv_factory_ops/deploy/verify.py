@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import json
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cv_factory_ops import captures
+from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.deploy.sagemaker import describe, explained, session
 from cv_factory_ops.errors import DataError, Unavailable
 from cv_factory_ops.records import DeployRecord, VerifyRecord
@@ -27,26 +28,47 @@ def run(stage: Stage) -> VerifyRecord:
         DataError: it serves another configuration or another bundle.
         Unavailable: it is not in service.
     """
-    deployed, config = stage.read(DeployRecord), stage.config
-    with explained(config):
-        aws = session(config)
-        endpoint = describe(aws, deployed.endpoint_name)
-        if endpoint is None or endpoint.endpoint_status != "InService":
-            status = endpoint.endpoint_status if endpoint else "missing"
-            raise Unavailable(f"endpoint {deployed.endpoint_name}: is {status}, not InService")
-        _require(deployed, "endpoint config", endpoint.endpoint_config_name, deployed.endpoint_config_name)
-        digest = _live_digest(aws.client("sagemaker-runtime"), deployed.endpoint_name, config.preprocessing.size)
-        _require(deployed, "bundle", digest, deployed.bundle_digest)
+    asked = stage.read(DeployRecord)
+    found = live(stage.config)
+    _require(asked, "endpoint config", found.endpoint_config_name, asked.endpoint_config_name)
+    _require(asked, "bundle", found.bundle_digest, asked.bundle_digest)
     return VerifyRecord(
-        summary=f"endpoint {deployed.endpoint_name} answers with bundle {digest[:12]}",
-        endpoint_name=deployed.endpoint_name,
-        endpoint_config_name=deployed.endpoint_config_name,
-        status=endpoint.endpoint_status,
-        bundle_digest=digest,
+        summary=f"endpoint {found.endpoint_name} answers with bundle {found.bundle_digest[:12]}",
+        endpoint_name=found.endpoint_name,
+        endpoint_config_name=found.endpoint_config_name,
+        status=found.status,
+        bundle_digest=found.bundle_digest,
     )
 
 
-def _live_digest(runtime: Any, endpoint_name: str, size: int) -> str:
+class Live(NamedTuple):
+    """What the live endpoint says of itself."""
+
+    endpoint_name: str
+    status: str
+    endpoint_config_name: str
+    bundle_digest: str
+
+
+def live(config: ProjectConfig) -> Live:
+    """Ask the project's endpoint, by one description and one request.
+
+    Raises:
+        DataError: its answer names no bundle.
+        Unavailable: it is not in service.
+    """
+    name = config.endpoint_name
+    with explained(config):
+        aws = session(config)
+        endpoint = describe(aws.client("sagemaker"), name)
+        status = endpoint["EndpointStatus"] if endpoint else "missing"
+        if endpoint is None or status != "InService":
+            raise Unavailable(f"endpoint {name}: is {status}, not InService")
+        digest = _answered_digest(aws.client("sagemaker-runtime"), name, config.preprocessing.size)
+    return Live(name, status, endpoint["EndpointConfigName"], digest)
+
+
+def _answered_digest(runtime: Any, endpoint_name: str, size: int) -> str:
     """The bundle digest in the answer to one synthetic image, which drift checks leave out by its inference id."""
     file = io.BytesIO()
     np.save(file, np.tile(np.linspace(0.25, 0.75, size, dtype=np.float32), (size, 1)))

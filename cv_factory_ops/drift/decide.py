@@ -111,7 +111,7 @@ def _judge(
     labels = f"{new_labels} labelled studies have arrived {since}"
     if new_labels < config.decision.minimum_labels:
         return False, f"{drift.summary}, but only {labels}; at least {config.decision.minimum_labels} are needed"
-    return True, f"{drift.summary}; {labels}, at least {config.decision.minimum_labels} were needed"
+    return True, f"{drift.summary}; {labels} ({config.decision.minimum_labels} needed)"
 
 
 def _folder(config: ProjectConfig) -> str:

@@ -1,7 +1,8 @@
 """The drift tests: is a window of requests a sample of the distribution that the reference was drawn from?
 
 Every test is exact at any sample size, so that quiet windows raise alarms at no more than the declared rate. Over all
-columns together the rate is kept by Bonferroni's bound: each column is tested at ``alpha / columns``.
+columns together the rate is kept by Bonferroni's bound: each column is tested at ``alpha / columns``. Rows are taken as
+independent: several images of one patient on a side make alarms more frequent than declared.
 """
 
 from __future__ import annotations

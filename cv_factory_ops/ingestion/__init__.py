@@ -1,0 +1,1 @@
+"""From files, arrays and captured requests to one checked, split and digested table of images."""

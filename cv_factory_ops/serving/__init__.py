@@ -1,0 +1,1 @@
+"""One bundle behind SageMaker's container contract."""

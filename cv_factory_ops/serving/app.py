@@ -13,13 +13,13 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,9 +28,9 @@ from starlette.routing import Route
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.domain import Decoded, Domain, open_domain
 from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
-from cv_factory_ops.ingestion.decode import decode
+from cv_factory_ops.ingestion.decode import as_unit_range, decode
 from cv_factory_ops.predictor import Predictor
-from cv_factory_ops.serving.server import LARGEST_BODY, listen, read_body, run
+from cv_factory_ops.server import LARGEST_BODY, listen, read_body, run
 
 log = logging.getLogger("cvf")
 
@@ -115,20 +115,14 @@ def _studies(domain: Domain, body: bytes, content_type: str) -> list[Decoded]:
     return [decode(body, content_type, domain)]
 
 
-def _instances(body: bytes) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+def _instances(body: bytes) -> list[NDArray[np.float32]]:
     try:
-        given = json.loads(body.decode())["instances"]
-        images = [np.asarray(image, dtype=np.float32) for image in given]
-    except (ValueError, KeyError, TypeError):
-        raise Rejected("json", 'the body is not {"instances": [image, ...]} with images of rows of numbers') from None
+        images = [np.asarray(image, dtype=np.float64) for image in json.loads(body.decode())["instances"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise Rejected("undecodable", 'is not {"instances": [image, ...]} with images as rows of numbers') from None
     if not images:
-        raise Rejected("empty", "instances is empty; at least one image is needed")
-    for number, image in enumerate(images):
-        if image.ndim != 2 or min(image.shape) < 1:
-            raise Rejected("shape", f"instances[{number}]: has {image.ndim} dimensions; allowed: rows x columns")
-        if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
-            raise Rejected("range", f"instances[{number}]: has intensities outside 0..1")
-    return images
+        raise Rejected("undecodable", "no instances given; at least one image is needed")
+    return [as_unit_range(image) for image in images]
 
 
 def _refusal(status: int, code: str, message: str) -> Response:
@@ -141,6 +135,6 @@ def _without_values(error: Exception) -> BaseException:
 
 
 def _stop_at_end_of_stdin() -> None:
-    while sys.stdin.buffer.read(1024):
+    while os.read(0, 1024):  # not sys.stdin: a thread that waits in it breaks the interpreter's own end
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,8 @@ from cv_factory_ops.errors import CvFactoryError, Unavailable
 from cv_factory_ops.records import Frozen, IngestRecord, PreprocessRecord, TrainRecord
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     from cv_factory_ops.stage import Stage
 
 
@@ -98,6 +102,7 @@ def _launch(assignment: Path, processes: int, threads: int) -> None:
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is told once, by us
     os.environ |= {"OMP_NUM_THREADS": str(threads), "CVF_LAUNCHER_PID": str(os.getpid()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "cv_factory_ops.training.worker", str(assignment)]
     try:
@@ -105,16 +110,18 @@ def _launch(assignment: Path, processes: int, threads: int) -> None:
     except ChildFailedError as error:
         raise _failure(assignment.with_name("failure.json"), error) from None
     except SignalException:
-        raise Unavailable("train: interrupted; the next try goes on from the last finished epoch") from None
+        raise Unavailable("interrupted; a retry goes on from the last finished epoch") from None
 
 
-def _failure(report: Path, error: Exception) -> CvFactoryError:
-    """The error that a rank explained, or the first one that died without a word."""
+def _failure(report: Path, error: ChildFailedError) -> CvFactoryError:
+    """Why the ranks failed: one that was killed outweighs what the others then said of their lost peer."""
+    for rank, process in sorted(error.failures.items()):
+        if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
+            name = signal.Signals(-process.exitcode).name
+            return Unavailable(f"rank {rank} was ended by {name}; a retry goes on from the last finished epoch")
     if report.exists():
         failure = Failure.model_validate_json(report.read_bytes())
         kind: type[CvFactoryError] = getattr(errors, failure.error)
         return kind(failure.message)
-    rank, first = error.get_first_failure()  # type: ignore[attr-defined]
-    return Unavailable(
-        f"train: rank {rank} ended with exit code {first.exitcode}; the next try goes on from the last checkpoint"
-    )
+    rank, process = error.get_first_failure()
+    return Unavailable(f"rank {rank} ended with exit code {process.exitcode} and left no word; a retry goes on")

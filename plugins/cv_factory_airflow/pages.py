@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -60,7 +61,8 @@ def _is_below(uri: str, root: str) -> bool:
         return False
     if urlsplit(uri).scheme != "file":
         return True
-    return stored(uri).resolve().is_relative_to(stored(root).resolve())
+    path, folder = (Path(unquote(urlsplit(place).path)).resolve() for place in (uri, root))
+    return path.is_relative_to(folder)
 
 
 def _section(project: ProjectConfig) -> str:
@@ -78,10 +80,10 @@ def _last_decisions(root: str) -> list[dict[str, Any]]:
 
 
 def _row(decision: dict[str, Any]) -> str:
-    verdict = decision.get("verdict") or decision.get("drift") or ""
+    verdict = str(decision.get("verdict", ""))
     decided = "retrain" if decision.get("retrain") else "keep the model"
-    report = decision.get("report")
-    link = f'<a target="_blank" href="{report_page(report)}">report</a>' if report else ""
+    report = f"{decision.get('run')}/drift/report.html"
+    link = f'<a target="_blank" href="{escape(report_page(report))}">report</a>' if verdict in {"drift", "no drift"} else ""
     cells = [decision.get("time", ""), verdict, decided, decision.get("reason", "")]
     return "<tr>" + "".join(f"<td>{escape(str(cell))}" for cell in cells) + f"<td>{link}</tr>"
 

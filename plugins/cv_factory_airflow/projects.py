@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from airflow.sdk import CronTriggerTimetable, Param, chain
 
@@ -109,7 +110,8 @@ def stored(uri: str) -> ObjectStoragePath:
     """An object of the storage, ``file://`` or ``s3://``; S3 uses the connection that ``CVF_AWS_CONN_ID`` names."""
     from airflow.sdk import ObjectStoragePath
 
-    return ObjectStoragePath(uri, conn_id=os.environ.get("CVF_AWS_CONN_ID"))
+    path = unquote(uri) if uri.startswith("file://") else uri
+    return ObjectStoragePath(path, conn_id=os.environ.get("CVF_AWS_CONN_ID"))
 
 
 def _params(path: Path, config: ProjectConfig) -> dict[str, Param]:

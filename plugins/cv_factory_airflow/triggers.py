@@ -36,6 +36,6 @@ class CaptureWindowTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         log = CaptureLog(self.captures, self.after)
-        while (found := await asyncio.to_thread(log.count)) < self.window and time.time() < self.deadline:
-            await asyncio.sleep(self.poll_seconds)
+        while (found := await asyncio.to_thread(log.count)) < self.window and (left := self.deadline - time.time()) > 0:
+            await asyncio.sleep(min(self.poll_seconds, left))
         yield TriggerEvent({"requests": found})  # type: ignore[no-untyped-call]

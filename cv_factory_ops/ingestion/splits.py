@@ -1,0 +1,126 @@
+"""Who is trained on and who is tested on: duplicates, splits by patient, the locked test set, and the refusal of leakage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from cv_factory_ops.config import SplitConfig
+from cv_factory_ops.errors import DataError
+from cv_factory_ops.ingestion.manifest import Refusal, Row
+
+
+def drop_duplicates(rows: Iterable[Row]) -> tuple[list[Row], list[Refusal]]:
+    """Keep the first of pixel-identical images; the base data and its test and validation images come first.
+
+    Also where labels conflict the first stays: otherwise a wrong late label could take an image out of the locked test
+    set. Two kinds of repetition stay: within a test or validation split that the source fixes (a published split is used
+    as it was published), and captures of reserved images, which are set aside for just that.
+    """
+    first: dict[str, Row] = {}
+    kept, refused = [], []
+    for row in rows:
+        known = first.get(row.digest)
+        if known is None or (known.split == "reserve" and row.source == "capture"):
+            first[row.digest] = row
+            kept.append(row)
+        elif row.source == "base" and row.split == known.split and row.split in {"val", "test"}:
+            kept.append(row)
+        elif row.label == known.label:
+            refused.append(Refusal(row.id, "duplicate", f"has the same pixels as {known.id}"))
+        else:
+            refused.append(Refusal(row.id, "conflicting_label", f"has the same pixels as {known.id}, but another label"))
+    return kept, refused
+
+
+def reserve(row: Row, share: float) -> Row:
+    """Set a training image aside as later traffic, chosen by its pixels so that copies go together."""
+    return replace(row, split="reserve") if row.split == "train" and position(row.digest, "reserve") < share else row
+
+
+def assign(rows: Sequence[Row], config: SplitConfig, locked: frozenset[str]) -> list[Row]:
+    """Give each row its split: as the source fixes it, else by a hash of its patient (or pixels, where none is known).
+
+    ``locked`` are the pixel digests of the locked test set: then exactly those images are ``test``. Held-out images that
+    came later are ``recent``: captures, and whatever belongs to a patient of the locked test set.
+
+    Raises:
+        DataError: images of the locked test set are missing.
+    """
+    if missing := locked - {row.digest for row in rows}:
+        raise DataError(
+            f"{len(missing)} of the {len(locked)} images of the locked test set are missing from the data: challenger and"
+            " champion could not be compared; put them back, or delete locked_test.json of the project's storage to lock a"
+            " new test set at the next promotion"
+        )
+    held_out = {row.patient for row in rows if row.digest in locked and row.patient}
+    return [replace(row, split=_split(row, config, locked, held_out)) for row in rows]
+
+
+def _split(row: Row, config: SplitConfig, locked: frozenset[str], held_out: set[str]) -> str:
+    if row.digest in locked:
+        return "test"
+    place = position(row.patient or row.digest, str(config.seed))
+    split = row.split or ("test" if place < config.test else "val" if place < config.test + config.val else "train")
+    came_later = bool(locked) or row.source == "capture"
+    return "recent" if row.patient in held_out or (split == "test" and came_later) else split
+
+
+def position(key: str, seed: str) -> float:
+    """A place in 0..1 that depends on nothing but key and seed (first 64 bits of SHA-256)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8]) / 2**64
+
+
+def refuse_leakage(rows: Iterable[Row]) -> None:
+    """Refuse a patient or an image on two sides of training, validation and test (``recent`` is held out like ``test``).
+
+    Raises:
+        DataError: naming at most three pseudonyms or ids.
+    """
+    sides: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row.split == "reserve":
+            continue
+        side = "test" if row.split == "recent" else row.split
+        for kind, key in (("patient", row.patient), ("image", row.digest)):
+            if key:
+                sides.setdefault((kind, key), {}).setdefault(side, row.id)
+    for kind in ("patient", "image"):
+        leaks = [(key, found) for (k, key), found in sides.items() if k == kind and len(found) > 1]
+        if leaks:
+            shown = "; ".join(
+                f"{key if kind == 'patient' else ' = '.join(found.values())} ({', '.join(found)})" for key, found in leaks[:3]
+            )
+            raise DataError(f"{len(leaks)} {kind}s are in more than one split: {shown}")
+
+
+def require_classes(rows: Iterable[Row], labels: Sequence[str]) -> None:
+    """Training needs every label, validation and test at least two (one class has no AUC).
+
+    Raises:
+        DataError: with what to change.
+    """
+    counts = Counter((row.split, row.label) for row in rows)
+    missing = [label for i, label in enumerate(labels) if not counts["train", i]]
+    if missing:
+        raise DataError(f"the training split has no images of {', '.join(map(repr, missing))}; each label needs some")
+    for split in ("val", "test"):
+        present = [label for i, label in enumerate(labels) if counts[split, i]]
+        if len(present) < 2:
+            raise DataError(
+                f"the {split} split has images of {', '.join(map(repr, present)) or 'no label'} and needs two labels or more:"
+                f" give more patients, or a larger share in splits.{split}"
+            )
+
+
+def data_digest(rows: Iterable[Row]) -> str:
+    """SHA-256 over the sorted lines of id, label, split and pixel digest."""
+    lines = sorted(f"{row.id} {row.label} {row.split} {row.digest}\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_digest(digests: Iterable[str]) -> str:
+    """SHA-256 over the sorted, distinct pixel digests of a test set."""
+    return hashlib.sha256("".join(f"{digest}\n" for digest in sorted(set(digests))).encode()).hexdigest()

@@ -1,0 +1,104 @@
+"""A consumer of the endpoint: sends studies with an unmodified boto3 client, and later learns their true labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import boto3
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cv_factory_ops import captures
+from cv_factory_ops.config import NpzSource, PhantomSource, ProjectConfig
+from cv_factory_ops.errors import ConfigError
+from cv_factory_ops.ingestion.manifest import read_images, read_manifest
+from domain_medical.deidentify import deidentify
+from domain_medical.synthetic import SCANNERS, SHIFTED_SCANNER, studies
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is sent, and what a radiologist will say of it one day."""
+
+    inference_id: str
+    content_type: str
+    body: bytes
+    label: str
+
+
+def make_studies(config: ProjectConfig, count: int, *, shifted: bool, training_run: str) -> list[Study]:
+    """Studies that training has not seen: like its own, or of a changed acquisition.
+
+    Phantoms come from new patients, shifted ones from a third scanner; arrays come from the reserved training images,
+    shifted ones after blur, gamma and noise (:func:`degrade`).
+    """
+    kind = "shifted" if shifted else "ordinary"
+    match config.data.source:
+        case PhantomSource() as source:
+            scanners = (SHIFTED_SCANNER,) if shifted else SCANNERS
+            seed = source.seed + (2000 if shifted else 1000)
+            made = studies(count, image_size=source.image_size, seed=seed, labels=config.labels, scanners=scanners)
+            return [
+                Study(f"{kind}-{i:04d}", "application/dicom", deidentify(body), label) for i, (body, label) in enumerate(made)
+            ]
+        case NpzSource():
+            reserved = _reserved(config, training_run)
+            chosen = list(islice(reserved, count, 2 * count) if shifted else islice(reserved, count))
+            return [
+                Study(f"{kind}-{i:04d}", "application/x-npy", _npy(degrade(image, i) if shifted else image), label)
+                for i, (image, label) in enumerate(chosen)
+            ]
+        case other:
+            raise ConfigError(f"data.source.kind: {other.kind!r} given; the demo's consumer has studies for: phantoms, npz")
+
+
+def send(config: ProjectConfig, batch: list[Study], title: str) -> None:
+    """Send studies, two at a time, as a hospital's gateway would; raises what boto3 raises."""
+    client = boto3.client("sagemaker-runtime")
+
+    def invoke(study: Study) -> None:
+        client.invoke_endpoint(
+            EndpointName=config.endpoint_name,
+            ContentType=study.content_type,
+            Body=study.body,
+            InferenceId=study.inference_id,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        list(tqdm(pool.map(invoke, batch), title, len(batch), unit="study", leave=False))
+
+
+def tell_labels(config: ProjectConfig, batch: list[Study]) -> None:
+    """The labels of studies arrive."""
+    captures.add_labels(config, {study.inference_id: study.label for study in batch})
+
+
+def degrade(image: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    """Another acquisition of (rows, columns) in 0..1: blur (sigma 1 pixel), gamma 1.6, noise (standard deviation 0.06)."""
+    blurred = cv2.GaussianBlur(image, (0, 0), 1.0) ** 1.6
+    noise = np.random.default_rng(seed).standard_normal(image.shape, dtype=np.float32)
+    noisy: NDArray[np.float32] = np.clip(blurred + 0.06 * noise, 0, 1).astype(np.float32)
+    return noisy
+
+
+def _reserved(config: ProjectConfig, training_run: str) -> Iterator[tuple[NDArray[np.float32], str]]:
+    folder = Path(unquote(urlsplit(f"{training_run}/ingest").path))
+    manifest = read_manifest(folder)
+    labels = manifest[manifest["split"] == "reserve"].set_index("id")["label"].to_dict()
+    for name, image in read_images(folder):
+        if name in labels:
+            yield image.astype(np.float32) / 65535.0, config.labels[labels[name]]
+
+
+def _npy(image: NDArray[np.float32]) -> bytes:
+    target = BytesIO()
+    np.save(target, image)
+    return target.getvalue()

@@ -1,0 +1,320 @@
+"""The operators with real stage processes, the sensor with real capture files, the pages over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from urllib.parse import unquote
+
+import httpx
+import psutil
+import pytest
+
+from cv_factory_airflow import run_uri
+from cv_factory_ops import captures
+from cv_factory_ops.config import load
+
+RUN = SimpleNamespace(dag_id="tiny_training", run_id="manual__2026-01-01T00:00:00+00:00")
+CONTEXT = {"dag_run": RUN}
+SECRET = "very-secret-key"  # noqa: S105
+SLOW = '{"data.source.patients": 2000}'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def airflow_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Airflow writes its configuration where this points at its first import."""
+    os.environ.setdefault("AIRFLOW_HOME", str(tmp_path_factory.mktemp("airflow")))
+
+
+@pytest.fixture
+def operators(airflow_home: None) -> ModuleType:
+    import cv_factory_airflow.operators
+
+    return cv_factory_airflow.operators
+
+
+@pytest.fixture
+def stage(operators: ModuleType, project: Callable[..., Path]) -> Callable[..., Any]:
+    """``stage("Ingest", overrides=...)``: that stage's operator on the tiny project, as its templates would be rendered."""
+
+    def build(name: str, **arguments: Any) -> Any:
+        given = {"config": str(project()), "data": "", "overrides": "{}", "runtime": "process"} | arguments
+        return getattr(operators, f"{name}Operator")(task_id=name.lower(), **given)
+
+    return build
+
+
+def test_a_stage_returns_its_record_and_is_not_repeated(stage: Callable[..., Any]) -> None:
+    record = stage("Ingest").execute(CONTEXT)
+    again = stage("Ingest").execute(CONTEXT)
+    assert record["accepted"] > 0
+    assert record["summary"]
+    assert again == record
+
+
+def test_log_lines_of_the_stage_reach_the_task_log(stage: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+    record = stage("Ingest").execute(CONTEXT)
+    assert record["summary"] in "".join(capfd.readouterr())
+
+
+def test_wrong_setting_is_not_retried_and_names_what_is_allowed(operators: ModuleType, stage: Callable[..., Any]) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    with pytest.raises(AirflowFailException, match=r"training\.epochs: 0 given; allowed: greater than or equal to 1"):
+        stage("Train", overrides='{"training.epochs": 0}').execute(CONTEXT)
+    with pytest.raises(AirflowFailException, match="allowed is a JSON object"):
+        stage("Train", overrides="[1]").execute(CONTEXT)
+    with pytest.raises(AirflowFailException, match="runtime: 'mars' given; allowed: process"):
+        stage("Train", runtime="mars").execute(CONTEXT)
+
+
+def test_data_error_is_not_retried_and_is_one_line(stage: Callable[..., Any]) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    with pytest.raises(AirflowFailException) as caught:
+        stage("Preprocess").execute(CONTEXT)
+    assert str(caught.value).startswith("cvf preprocess: ")
+    assert "run `cvf ingest`" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unavailable_service_is_retried(stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+    for name, value in {
+        "CVF_STORAGE": "s3://nowhere",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AirflowException, match="S3 answered") as caught:
+        stage("Preprocess").execute(CONTEXT)
+    assert not isinstance(caught.value, AirflowFailException)
+
+
+def test_strongest_setting_comes_last(stage: Callable[..., Any]) -> None:
+    operator = stage(
+        "Ingest", settings={"data.include_captures": True, "splits.seed": 1}, data="a b", overrides='{"splits.seed": 2}'
+    )
+    assert operator._settings() == ["data.include_captures=true", "splits.seed=2", 'data.source.path="a b"']
+
+
+def test_a_run_directory_is_safe_and_unlike_any_other() -> None:
+    assert run_uri("s3://b/p", "p_training", "manual-1") == "s3://b/p/runs/p_training.manual-1"
+    colons, pluses = run_uri("file:///p", "d", "a:b"), run_uri("file:///p", "d", "a+b")
+    assert colons != pluses
+    assert run_uri("file:///p", "d", "../../etc").count("/") == len(["file:", "", "", "p", "runs", "x"]) - 1
+    assert run_uri("file:///p", "d", "x" * 150 + ":").endswith(run_uri("file:///p", "d", "x" * 150 + ":")[-8:])
+
+
+def test_kill_stops_everything_that_the_stage_started(stage: Callable[..., Any]) -> None:
+    from airflow.sdk.exceptions import AirflowException
+
+    operator = stage("Ingest", overrides=SLOW)
+    threading.Thread(target=_kill_when_running, args=(operator,), daemon=True).start()
+    with pytest.raises(AirflowException, match="was ended by SIGTERM"):
+        operator.execute(CONTEXT)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(operator._process.pid, 0)
+
+
+def test_retry_after_kill_9_of_the_worker_joins_the_running_stage(
+    stage: Callable[..., Any], home: Path, project: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, overrides = load(project()).root, '{"data.source.patients": 300}'
+    folder = Path(run_uri(root, RUN.dag_id, RUN.run_id).removeprefix("file://"))
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(project()), overrides], cwd=home)
+    _until(lambda: (folder / ".ingest.work").exists())
+    left_alone = psutil.Process(worker.pid).children()[0]
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    assert left_alone.is_running()
+
+    record = stage("Ingest", overrides=overrides).execute(CONTEXT)
+    log = "".join(capfd.readouterr())
+    assert "already running for this run; waiting for it" in log
+    assert "nothing has changed" in log
+    assert json.loads((folder / "ingest" / "result.json").read_text())["record"] == record
+    assert [item.name for item in folder.iterdir() if item.is_dir()] == ["ingest"]
+
+
+def test_credentials_of_the_connection_reach_the_process_and_no_log(
+    stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from airflow.sdk.exceptions import AirflowException
+
+    extra = json.dumps({"region_name": "eu-west-1", "endpoint_url": "http://127.0.0.1:9"})
+    connection = {"conn_type": "aws", "login": "AKIAEXAMPLE", "password": SECRET, "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_HOSPITAL", json.dumps(connection))
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of another account")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("CVF_STORAGE", "s3://nowhere")
+    operator = stage("Preprocess", aws_conn_id="hospital")
+    given = operator._aws_environment()
+    assert given["AWS_SECRET_ACCESS_KEY"] == SECRET
+    assert (given["AWS_DEFAULT_REGION"], given["AWS_SESSION_TOKEN"]) == ("eu-west-1", "")
+    with pytest.raises(AirflowException) as caught:
+        operator.execute(CONTEXT)
+    assert SECRET not in "".join(capfd.readouterr()) + str(caught.value)
+
+
+def test_position_and_count_agree_with_the_library(
+    airflow_home: None, project: Callable[..., Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cv_factory_airflow.sensors import CaptureLog
+
+    monkeypatch.setenv("CVF_STORAGE", str(home / "röntgen & more"))
+    config = load(project())
+    _capture(config.root, "v1/2026/01/01/00/a.jsonl", 3)
+    _capture(config.root, "v2/2026/01/01/00/b.jsonl", 2)
+    _capture(config.root, "v1/2026/01/01/01/a.jsonl", 4)
+    positions = ["", *(capture.position for capture in captures.read(config))]
+    counts = [CaptureLog(f"{config.root}/captures/tiny", after).count() for after in positions]
+    assert counts == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_consumed_position_of_a_repeated_check_is_its_start(airflow_home: None, project: Callable[..., Path]) -> None:
+    from cv_factory_airflow.sensors import consumed_position
+
+    root = load(project()).root
+    assert consumed_position(root, "file:///this") == ""
+    cursor = Path(root.removeprefix("file://")) / "drift" / "cursor.json"
+    cursor.parent.mkdir(parents=True)
+    cursor.write_text('{"run": "file:///this", "start": "2026#1", "end": "2026#9"}')
+    assert consumed_position(root, "file:///this") == "2026#1"
+    assert consumed_position(root, "file:///other") == "2026#9"
+
+
+def test_sensor_does_not_wait_for_a_full_window(operators: ModuleType, project: Callable[..., Path]) -> None:
+    from airflow.sdk.exceptions import TaskDeferred
+
+    from cv_factory_airflow.sensors import CaptureWindowSensor
+
+    path = project(drift={"window": 3, "minimum": 2, "wait_minutes": 0.001})
+    sensor = CaptureWindowSensor(task_id="wait", config=str(path))
+    _capture(load(path).root, "v/2026/01/01/00/a.jsonl", 2)
+    with pytest.raises(TaskDeferred) as deferred:
+        sensor.execute(CONTEXT)
+    assert _event(deferred.value.trigger) == {"requests": 2}, "the deadline passes, the drift stage decides what that means"
+    _capture(load(path).root, "v/2026/01/01/00/b.jsonl", 1)
+    assert sensor.execute(CONTEXT) == {"requests": 3}
+
+
+def test_trigger_fires_when_the_window_fills(airflow_home: None, project: Callable[..., Path]) -> None:
+    root = load(project()).root
+    trigger = _trigger(f"{root}/captures/tiny", window=4)
+    threading.Timer(0.3, _capture, (root, "v/2026/01/01/00/a.jsonl", 3)).start()
+    threading.Timer(0.6, _capture, (root, "v/2026/01/01/00/a.jsonl", 4)).start()
+    assert _event(trigger) == {"requests": 4}
+
+
+def test_captures_on_s3_are_counted(airflow_home: None, bucket: str) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/00/a.jsonl", Body=b"{}\n{}\n{}\n")
+    client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/00/b.jsonl", Body=b"{}\n")
+    assert _event(_trigger(f"s3://{bucket}/p/captures/e", window=4)) == {"requests": 4}
+    assert _event(_trigger(f"s3://{bucket}/p/captures/e", window=3, after="2026/01/01/00/a.jsonl#000000")) == {"requests": 3}
+
+
+def test_pages_need_a_login(airflow_home: None) -> None:
+    from cv_factory_airflow.plugin import Pages
+
+    async def status(path: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=Pages()), base_url="http://airflow") as client:
+            return (await client.get(path)).status_code
+
+    assert asyncio.run(status("/decisions")) == 401
+    assert asyncio.run(status("/report?uri=file:///etc/passwd")) == 401
+
+
+def test_reports_outside_a_root_are_refused(airflow_home: None, home: Path) -> None:
+    from cv_factory_airflow.pages import _is_below
+
+    root = home / "storage" / "tiny"
+    root.mkdir(parents=True)
+    (root / "link").symlink_to(home)
+    uri = root.as_uri()
+    assert _is_below(f"{uri}/runs/x/drift/report.html", uri)
+    assert _is_below("s3://bucket/tiny/runs/x/report.html", "s3://bucket/tiny")
+    for outside in (
+        f"{uri}2/report.html",
+        f"{uri}/../other/report.html",
+        f"{uri}/%2e%2e/other/report.html",
+        f"{uri}/link/secret.html",
+        "file:///etc/passwd",
+        "s3://bucket/tiny/../other/report.html",
+        "s3://other/tiny/report.html",
+    ):
+        assert not _is_below(outside, uri), outside
+        assert not _is_below(outside, "s3://bucket/tiny"), outside
+
+
+WORKER = """
+import sys
+from types import SimpleNamespace
+from cv_factory_airflow.operators import IngestOperator
+run = SimpleNamespace(dag_id="tiny_training", run_id="manual__2026-01-01T00:00:00+00:00")
+operator = IngestOperator(task_id="ingest", config=sys.argv[1], data="", overrides=sys.argv[2], runtime="process")
+operator.execute({"dag_run": run})
+"""
+
+
+def _capture(root: str, name: str, lines: int) -> None:
+    file = Path(unquote(root.removeprefix("file://"))) / "captures" / "tiny" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    line = captures.encode(
+        event_id="e",
+        inference_id="i",
+        time=datetime.now(UTC),
+        request=b"",
+        content_type="application/dicom",
+        answer=b"{}",
+        answer_type="application/json",
+    )
+    file.write_text((line + "\n") * lines)
+
+
+def _trigger(place: str, window: int, after: str = "") -> Any:
+    """A trigger as the triggerer makes it: from what it serialized."""
+    from airflow.sdk.module_loading import import_string
+
+    from cv_factory_airflow.triggers import CaptureWindowTrigger
+
+    path, arguments = CaptureWindowTrigger(place, after, window, time.time() + 20, poll_seconds=0.1).serialize()
+    return import_string(path)(**json.loads(json.dumps(arguments)))
+
+
+def _event(trigger: Any) -> dict[str, int]:
+    async def first() -> dict[str, int]:
+        return dict((await anext(aiter(trigger.run()))).payload)
+
+    return asyncio.run(first())
+
+
+def _kill_when_running(operator: Any) -> None:
+    _until(lambda: operator._process is not None)
+    time.sleep(0.5)
+    operator.on_kill()
+
+
+def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
