@@ -86,16 +86,19 @@ def add_labels(config: ProjectConfig, labels: Mapping[str, str]) -> str:
 
 
 def read_labels(config: ProjectConfig, after: str = "") -> dict[str, str]:
-    """Late labels, ``{inference id: label}``; a later file corrects an earlier one.
+    """Late labels, ``{inference id: label}``; a later file corrects an earlier one, broken lines are skipped with a warning.
 
     ``after`` is a UTC time like ``20260131T235959000000``: only labels that arrived later are read.
     """
     root = f"{config.root}/labels"
     labels: dict[str, str] = {}
     for name in storage.listing(root, after):
-        for line in storage.read_bytes(f"{root}/{name}").splitlines():
-            item = json.loads(line)
-            labels[item["inference_id"]] = item["label"]
+        for number, line in enumerate(storage.read_bytes(f"{root}/{name}").splitlines(), start=1):
+            try:
+                item = json.loads(line)
+                labels[str(item["inference_id"])] = str(item["label"])
+            except (ValueError, KeyError, TypeError):
+                log.warning("labels/%s line %d: skipped, not a label record", name, number)
     return labels
 
 

@@ -231,7 +231,7 @@ class BatchConfig(Frozen):
     """What the batch inference DAG reads."""
 
     path: str | None = None
-    """Directory or ``s3://`` prefix of studies; null means the project's own test studies of the source."""
+    """Directory or ``s3://`` prefix of studies; null means the images of the project's own source."""
 
 
 class ProcessRuntime(Frozen):
@@ -243,7 +243,7 @@ class ProcessRuntime(Frozen):
 class ProjectConfig(Frozen):
     """One project: a model with its data, endpoint, aliases, decisions and DAGs."""
 
-    project: str = Field(pattern=r"^[a-z][a-z0-9_]{1,40}$")
+    project: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}[a-z0-9]$")
     """Name of the project; its DAGs are ``<project>_training`` and so on, its endpoint ``<project>`` with hyphens."""
     domain: str = "medical"
     """Entry point of the group ``cv_factory_ops.domains``."""

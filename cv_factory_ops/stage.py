@@ -73,11 +73,11 @@ STAGES = {
         "registry:register", "register the model version in MLflow", ("ingest", "train", "evaluate", "gate"), ("mlflow",)
     ),
     "deploy": Spec("deploy.sagemaker:run", "roll the version out to the endpoint", ("register",), ("deploy",)),
-    "verify": Spec("deploy.verify:run", "compare the live endpoint with what was asked", ("register", "deploy"), ("deploy",)),
+    "verify": Spec("deploy.verify:run", "compare the live endpoint with what was asked", ("register", "deploy"), ("deploy",), "deploy.verify:fingerprint"),
     "promote": Spec("registry:promote", "move the alias champion", ("ingest", "register", "verify"), ("mlflow",)),
     "drift": Spec("drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow")),
     "decide": Spec("drift.decide:run", "decide whether to retrain, and store why", ("drift",), ("decision",)),
-    "predict": Spec("batch:run", "run the champion over a batch of studies", (), ("batch", "data", "mlflow")),
+    "predict": Spec("batch:run", "run the champion over a batch of studies", (), ("project", "batch", "data", "mlflow"), "batch:fingerprint"),
 }
 
 TRAINING = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "deploy", "verify", "promote")
@@ -110,7 +110,10 @@ class Stage:
         Raises:
             DataError: that stage has not run yet, or its record is of another version.
         """
-        return record.model_validate(read_result(self.run, record.stage).record)
+        try:
+            return record.model_validate(read_result(self.run, record.stage).record)
+        except ValidationError:
+            raise _other_version(self.run, record.stage) from None
 
     def local(self, uri: str) -> Path:
         """A local path with the content of a file or tree of the storage."""
@@ -133,7 +136,11 @@ def read_result(run: str, name: str) -> Result:
     try:
         return Result.model_validate_json(storage.read_bytes(uri))
     except ValidationError:
-        raise DataError(f"{uri}: was written by another version; run `cvf {name} --force`") from None
+        raise _other_version(run, name) from None
+
+
+def _other_version(run: str, name: str) -> DataError:
+    return DataError(f"{run}/{name}/result.json: was written by another version; run `cvf {name} --force`")
 
 
 def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False) -> Result:

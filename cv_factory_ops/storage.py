@@ -80,10 +80,14 @@ def exists(uri: str) -> bool:
 
 
 def listing(uri: str, after: str = "") -> Iterator[str]:
-    """Names of all objects below a directory or prefix, relative to it, sorted, those greater than ``after``."""
+    """Names of all objects below a directory or prefix, relative to it, sorted, those greater than ``after``.
+
+    Drafts that a killed writer has left on a file system (see :func:`write_bytes`) are not listed.
+    """
     with _explained(uri):
         if path := path_of(uri):
-            names: Iterator[str] = iter(sorted(str(item.relative_to(path)) for item in path.rglob("*") if item.is_file()))
+            files = (item for item in path.rglob("*") if item.is_file() and not item.name.startswith("."))
+            names: Iterator[str] = iter(sorted(str(item.relative_to(path)) for item in files))
         else:
             bucket, key = _bucket_key(uri)
             names = _s3_names(bucket, key + "/")

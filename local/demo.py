@@ -58,7 +58,9 @@ class Demo:
             failed = [task for task, now in tasks.items() if now == "failed"]
             page = f"{self.stack.addresses['airflow']}/dags/{dag_id}/runs/{run_id}"
             raise DataError(f"{dag_id}: task {', '.join(failed)} failed; its log is at {page}")
-        return {task: record for task, now in tasks.items() if now == "success" and (record := self._record(name, run_id, task))}
+        return {
+            task: record for task, now in tasks.items() if now == "success" and (record := self._record(name, run_id, task))
+        }
 
     def _show(self, task: str, state: str) -> None:
         if state in {"running", "success", "failed", "up_for_retry", "deferred", "skipped"}:
@@ -211,7 +213,9 @@ def _run_on_stack(path: Path, conf: dict[str, Any], keep: bool) -> int:
         console.print(f"  {_relative(summary['shifted']['report'])}  (drift report)", soft_wrap=True)
         console.print(f"\nSummary  {_relative((HOME / 'summary.json').as_uri())}")
         console.print(f"Airflow  {stack.addresses['airflow']}\nMLflow   {stack.addresses['mlflow']}", soft_wrap=True)
-        console.print("These pages are up until `make down`." if keep else "Everything is stopped now; KEEP=1 keeps the pages up.")
+        console.print(
+            "These pages are up until `make down`." if keep else "Everything is stopped now; KEEP=1 keeps the pages up."
+        )
         return 0
     except BaseException:
         keep = False

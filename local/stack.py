@@ -204,6 +204,10 @@ class Airflow:
             time.sleep(0.5)
         raise Unavailable(f"{dag_id} {run_id}: not over after {timeout:.0f} s")
 
+    def task_seconds(self, dag_id: str, run_id: str, task_id: str) -> float:
+        """How long a task ran, in Airflow's own account."""
+        return float(self._call("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}")["duration"] or 0)
+
     def tasks(self, dag_id: str, run_id: str) -> dict[str, str]:
         """State of each task of a DAG run; empty for one that is not scheduled yet."""
         found = self._call("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances")["task_instances"]
@@ -272,7 +276,7 @@ def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
 def _environment(home: Path, ports: dict[str, int], addresses: dict[str, str]) -> dict[str, str]:
     """The variables of all services, and of the stages that they start."""
     keys = _secrets(home)
-    given = os.environ | {
+    given = {
         "CVF_HOME": str(CHECKOUT),
         "CVF_STATE": str(home),
         "CVF_STORAGE": str(home / "storage"),
@@ -291,7 +295,13 @@ def _environment(home: Path, ports: dict[str, int], addresses: dict[str, str]) -
         "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": addresses["endpoint"],
         "AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
     }
-    listed = subprocess.run(["sh", "-c", ". ./airflow.env && env -0"], cwd=CHECKOUT, env=given, capture_output=True, check=True)
+    return sourced(given)
+
+
+def sourced(given: dict[str, str]) -> dict[str, str]:
+    """The environment after sourcing ``airflow.env`` in the checkout, with some variables given beforehand."""
+    script, before = ". ./airflow.env && env -0", os.environ | given
+    listed = subprocess.run(["sh", "-c", script], cwd=CHECKOUT, env=before, capture_output=True, check=True)
     return dict(line.split("=", 1) for line in listed.stdout.decode().split("\0") if "=" in line)
 
 

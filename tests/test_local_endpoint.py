@@ -228,6 +228,9 @@ def test_errors_read_like_those_of_aws(server: Server) -> None:
     outside = error_of(control.create_model, ModelName="../../outside", PrimaryContainer={"ModelDataUrl": "s3://b/k"})
     assert "must satisfy regular expression" in outside[1]
     assert error_of(control.list_clusters)[0] == "UnknownOperationException"
+    for body in (b"{", b"[]"):
+        answer = httpx.post(f"{server.url}/", content=body, headers={"x-amz-target": "SageMaker.DescribeModel"})
+        assert (answer.status_code, answer.json()["__type"]) == (400, "SerializationException")
 
 
 def test_the_runtime_answers_and_refuses(server: Server, models: dict[str, Any]) -> None:

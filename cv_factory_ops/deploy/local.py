@@ -66,23 +66,34 @@ def ensure_running(url: str, state: Path) -> None:
     if parts.hostname not in {"127.0.0.1", "localhost"}:
         raise Unavailable(f"{url}: nothing answers there, and it is not this machine; start `cvf endpoint` on it")
     state.mkdir(parents=True, exist_ok=True)
-    address = ("--host", parts.hostname, "--port", str(parts.port or 80))
+    with (state / "starting").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _answers(url):  # somebody else may have started it meanwhile
+            _start(url, parts.hostname, parts.port or 80, state)
+
+
+def _start(url: str, host: str, port: int, state: Path) -> None:
     with (state / "server.log").open("ab") as output:
         process = subprocess.Popen(
-            (sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(state), *address),
+            (
+                *(sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(state)),
+                "--host",
+                host,
+                "--port",
+                str(port),
+            ),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if _answers(url):
-            return
-        if process.poll() is not None and not _answers(url):
+    while not _answers(url):
+        if process.poll() is not None:
             raise Unavailable(f"{url}: the local endpoint did not start: {_last_line(state / 'server.log')}")
+        if time.monotonic() > deadline:
+            raise Unavailable(f"{url}: the local endpoint did not answer within {START_SECONDS} s; see {state / 'server.log'}")
         time.sleep(0.1)
-    raise Unavailable(f"{url}: the local endpoint did not answer within {START_SECONDS} s; see {state / 'server.log'}")
 
 
 def create_app(state: Path) -> Starlette:
@@ -118,8 +129,10 @@ async def _control(request: Request) -> Response:
             raise ServiceError(f"The requested operation {name[:80]!r} is not recognized", "UnknownOperationException")
         try:
             given = json.loads(await request.body() or b"{}")
-        except ValueError:
-            raise ServiceError("The request is not JSON", "SerializationException") from None
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise ServiceError("The request is not a JSON object", "SerializationException")
         answer, status = await plane.operations[name](given), 200
     except ServiceError as error:
         answer, status = {"__type": error.code, "message": str(error)}, error.status

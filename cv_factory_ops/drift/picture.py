@@ -38,8 +38,9 @@ def _draw_p_values(axes: Axes, verdict: Verdict) -> None:
     axes.barh(names, evidence, color=colours)
     limit = -np.log10(verdict.threshold)
     axes.axvline(limit, color="black", linewidth=1, linestyle="--")
-    axes.text(limit, len(names) - 0.4, f"drift from here: p ≤ {verdict.threshold:.1g} ", fontsize=8, va="bottom", ha="right")
     end = max(*evidence, limit) * 1.05
+    side = "right" if limit > end / 2 else "left"
+    axes.text(limit, len(names) - 0.4, f" drift from here: p ≤ {verdict.threshold:.1g} ", fontsize=8, va="bottom", ha=side)
     ticks = range(0, int(end) + 1, 1 if end < 8 else 2)
     axes.set_xticks(ticks, [f"$10^{{-{tick}}}$" if tick else "1" for tick in ticks])
     axes.set_xlim(0, end)

@@ -72,7 +72,10 @@ def fit_pca(embedding: NDArray[np.float32], components: int) -> Pca:
 def reference_table(
     assignment: Assignment, shard: Shard, probabilities: NDArray[np.float32], components: NDArray[np.float64]
 ) -> tuple[pd.DataFrame, dict[str, Kind]]:
-    """The features of a split's images, and the kind of each; metadata that no image has is left out."""
+    """The features of a split's images, and the kind of each; metadata that no image has is left out.
+
+    One image a patient: the tests that drift is found by hold for independent rows.
+    """
     rows = pd.read_parquet(assignment.shards / "val.parquet")
     domain = open_domain(assignment.config.domain)
     known = [name for name in domain.metadata if f"meta_{name}" in rows and rows[f"meta_{name}"].notna().any()]
@@ -80,9 +83,9 @@ def reference_table(
     metadata = metadata.where(metadata.notna(), None)
     table = [
         features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i], probabilities[i])
-        for i in range(len(shard))
+        for i in np.flatnonzero((rows["patient"] == "") | ~rows["patient"].duplicated())
     ]
-    kinds: dict[str, Kind] = dict.fromkeys(table[0], "number")
+    kinds: dict[str, Kind] = {name: "number" for name in table[0]}
     kinds |= {f"metadata_{name}": domain.metadata[name] for name in known}
     return pd.DataFrame([missing_to_nan(row, kinds) for row in table]), kinds
 

@@ -1,0 +1,273 @@
+"""The DAG files: how they load, how they are built, and each run for real by ``airflow dags test``."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cv_factory_ops.domain import open_domain
+from cv_factory_ops.stage import TRAINING
+from local.stack import MARK, sourced, stop
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+KINDS = ("training", "retraining", "drift_monitor", "batch_inference")
+HEAVY = {"torch", "faiss", "evidently", "mlflow", "boto3", "botocore", "pandas", "numpy", "kubernetes", "sklearn", "sagemaker"}
+
+
+@dataclass(frozen=True)
+class LocalAirflow:
+    """What a person has who sourced ``airflow.env``: an Airflow home, and a folder of projects."""
+
+    home: Path
+    environment: dict[str, str]
+
+    @property
+    def configs(self) -> Path:
+        return self.home / "configs"
+
+    def airflow(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self._run(str(Path(sys.executable).with_name("airflow")), *arguments)
+
+    def python(self, script: str, *arguments: str, **environment: str) -> Any:
+        """The JSON in the last line that a script prints."""
+        ended = self._run(sys.executable, "-c", script, *arguments, **environment)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return json.loads(ended.stdout.splitlines()[-1])
+
+    def _run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=self.environment | environment, cwd=self.home, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalAirflow]:
+    home = tmp_path_factory.mktemp("local")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    environment = sourced(
+        {
+            "CVF_HOME": str(home),
+            "CVF_CONFIGS": str(home / "configs"),
+            "CVF_PSEUDONYM_KEY": "a key for tests",
+            "AWS_ENDPOINT_URL_SAGEMAKER": endpoint,
+            "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": endpoint,
+            MARK: str(home),
+        }
+    )
+    local = LocalAirflow(home, environment)
+    local.configs.mkdir()
+    drift = {"drift": {"window": 20, "minimum": 10, "wait_minutes": 0.02}}
+    tiny = TINY | drift | {"decision": {"cooldown_hours": 0, "minimum_labels": 0}}
+    (local.configs / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    migrated = local.airflow("db", "migrate")
+    assert migrated.returncode == 0, migrated.stderr[-3000:]
+    yield local
+    stop(home)
+
+
+@pytest.fixture(scope="module")
+def trained(local: LocalAirflow) -> subprocess.CompletedProcess[str]:
+    """``airflow dags test tiny_training``: afterwards there are a champion and a live endpoint."""
+    return local.airflow("dags", "test", "tiny_training", "--conf", '{"overrides": {"training.epochs": 1}}')
+
+
+@pytest.fixture(scope="module")
+def parsed(local: LocalAirflow) -> dict[str, Any]:
+    """The project's own DAGs, as the DAG processor would see them."""
+    found: dict[str, Any] = local.python(PARSE, CVF_CONFIGS=str(ROOT / "configs"))
+    return found
+
+
+def test_all_dag_files_load(parsed: dict[str, Any]) -> None:
+    projects = [yaml.safe_load(file.read_text())["project"] for file in (ROOT / "configs").glob("*.yaml")]
+    assert parsed["errors"] == {}
+    assert sorted(parsed["dags"]) == sorted(f"{project}_{kind}" for project in projects for kind in KINDS)
+
+
+def test_dag_files_import_nothing_heavy(parsed: dict[str, Any]) -> None:
+    assert set(parsed["modules"]) & HEAVY == set()
+
+
+@pytest.mark.parametrize("kind", ["training", "retraining"])
+def test_training_is_the_chain_of_its_stages(parsed: dict[str, Any], kind: str) -> None:
+    tasks = parsed["dags"][f"demo_{kind}"]["tasks"]
+    assert _chain(tasks) == list(TRAINING)
+    captures = {"data.include_captures": True} if kind == "retraining" else None
+    assert all(task["settings"] == captures for task in tasks.values())
+
+
+def test_drift_monitor_waits_checks_decides_and_triggers(parsed: dict[str, Any]) -> None:
+    monitor = parsed["dags"]["demo_drift_monitor"]
+    assert _chain(monitor["tasks"]) == ["wait_for_requests", "drift", "decide", "wants_retraining", "retrain"]
+    assert (monitor["schedule"], monitor["catchup"]) == ("0 0 * * *", False)
+    assert parsed["dags"]["demo_training"]["schedule"] is None
+
+
+def test_each_dag_is_bounded_and_tagged(parsed: dict[str, Any]) -> None:
+    for name, dag in parsed["dags"].items():
+        assert dag["max_active_runs"] == 1
+        assert {"demo", "cv-factory"} <= set(dag["tags"]) or not name.startswith("demo_")
+        assert dag["doc"]
+        for task in dag["tasks"].values():
+            assert task["retries"] == 2
+            assert 0 < task["timeout"] <= 24 * 3600
+
+
+def test_trigger_form_offers_config_data_runtime_and_overrides(parsed: dict[str, Any]) -> None:
+    for name, dag in parsed["dags"].items():
+        form = dag["params"]
+        assert Path(form["config"]["value"]).is_file(), name
+        assert form["data"] == {"value": None, "type": ["null", "string"], "enum": None}
+        assert form["runtime"] == {"value": "process", "type": "string", "enum": ["process"]}
+        assert form["overrides"]["type"] == "object"
+
+
+def test_links_and_pages_are_registered(local: LocalAirflow) -> None:
+    plugins = json.loads(local.airflow("plugins", "--output", "json").stdout)
+    assert [plugin["name"] for plugin in plugins] == ["cv_factory"]
+    assert "decisions" in str(plugins[0]["external_views"])
+
+
+def test_broken_project_leaves_the_others_alone(local: LocalAirflow) -> None:
+    broken = local.configs / "broken.yaml"
+    broken.write_text("project: broken\nlabels: [a, b]\ndata: {source: {kind: floppy}}\n")
+    try:
+        found = local.python(PARSE)
+    finally:
+        broken.unlink()
+    assert sorted(found["dags"]) == sorted(f"tiny_{kind}" for kind in KINDS)
+    assert [Path(file).name for file in found["errors"]] == ["broken_projects.py"]
+    (error,) = found["errors"].values()
+    assert f"{broken}: data.source.kind: 'floppy' given; allowed: 'phantoms'" in error
+
+
+def test_training_dag_runs(local: LocalAirflow, trained: subprocess.CompletedProcess[str]) -> None:
+    assert trained.returncode == 0, trained.stdout[-5000:]
+    assert _published(local, "training") == set(TRAINING)
+
+
+@pytest.mark.parametrize(("kind", "stages"), [("retraining", TRAINING), ("batch_inference", ("predict",))])
+def test_dag_runs_after_a_training(
+    local: LocalAirflow, trained: subprocess.CompletedProcess[str], kind: str, stages: tuple[str, ...]
+) -> None:
+    ended = local.airflow("dags", "test", f"tiny_{kind}")
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    assert _published(local, kind) == set(stages)
+
+
+def test_drift_monitor_without_requests_says_so(local: LocalAirflow, trained: subprocess.CompletedProcess[str]) -> None:
+    monitored = local.python(MONITOR, "2026-01-01")
+    record = monitored["drift"]
+    assert record["verdict"] == "not enough data"
+    assert monitored["tasks"]["retrain"] == "skipped"
+    assert monitored["triggered"] == {}
+
+
+def test_drift_triggers_one_retraining_even_when_repeated(
+    local: LocalAirflow, trained: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    _send_the_same_study(local, tmp_path, times=20)
+    first, again = local.python(MONITOR, "2026-01-02"), local.python(MONITOR, "2026-01-02")
+    assert first["drift"]["verdict"] == "drift"
+    assert set(first["tasks"].values()) == {"success"}
+    assert first["triggered"] == {"drift__manual__2026-01-02T00:00:00+00:00": {"overrides": {"drift.minimum": 5}, "data": None}}
+    assert again["triggered"] == first["triggered"]
+    assert again["tasks"] == first["tasks"] | {"retrain": "skipped"}
+
+
+def _published(local: LocalAirflow, kind: str) -> set[str]:
+    """Stages with a result in the one run of a DAG."""
+    (run,) = (local.home / "var" / "storage" / "tiny" / "runs").glob(f"tiny_{kind}.*")
+    return {result.parent.name for result in run.glob("*/result.json")}
+
+
+def _send_the_same_study(local: LocalAirflow, folder: Path, times: int) -> None:
+    """Requests that are nothing like the reference, as they are all alike, sent as any consumer would."""
+    import boto3
+
+    domain = open_domain("medical")
+    domain.generate(folder, patients=8, image_size=48, seed=99, labels=list(TINY["labels"]))
+    study = domain.deidentify(min(folder.rglob("*.dcm")).read_bytes())
+    keys = {"aws_access_key_id": "local", "aws_secret_access_key": "local", "region_name": "us-east-1"}
+    client = boto3.client("sagemaker-runtime", endpoint_url=local.environment["AWS_ENDPOINT_URL_SAGEMAKER"], **keys)
+    for _ in range(times):
+        client.invoke_endpoint(EndpointName="tiny", ContentType=domain.content_type, Body=study)
+    captured = local.home / "var" / "storage" / "tiny" / "captures"
+    deadline = time.monotonic() + 30
+    while sum(len(file.read_bytes().splitlines()) for file in captured.rglob("*.jsonl")) < times:
+        assert time.monotonic() < deadline, "the endpoint has not captured the requests"
+        time.sleep(0.2)
+
+
+def _chain(tasks: dict[str, Any]) -> list[str]:
+    """Task ids from the one without an upstream to the one without a downstream; every task has at most one of each."""
+    (current,) = set(tasks) - {after for task in tasks.values() for after in task["downstream"]}
+    names = [current]
+    while following := tasks[names[-1]]["downstream"]:
+        assert len(following) == 1
+        names += following
+    assert len(names) == len(tasks)
+    return names
+
+
+PARSE = """
+import json, sys
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag()
+def task(item):
+    return {
+        "downstream": sorted(item.downstream_task_ids),
+        "retries": item.retries,
+        "timeout": item.execution_timeout.total_seconds(),
+        "settings": getattr(item, "settings", None),
+    }
+def param(item):
+    return {"value": item.value, "type": item.schema["type"], "enum": item.schema.get("enum")}
+def dag(item):
+    return {
+        "tasks": {each.task_id: task(each) for each in item.tasks},
+        "params": {name: param(item.params.get_param(name)) for name in item.params},
+        "schedule": getattr(item.timetable, "expression", None),
+        "catchup": item.catchup,
+        "tags": sorted(item.tags),
+        "max_active_runs": item.max_active_runs,
+        "doc": item.doc_md,
+    }
+modules = sorted({name.partition(".")[0] for name in sys.modules})
+print()
+dags = {name: dag(each) for name, each in bag.dags.items()}
+print(json.dumps({"dags": dags, "errors": bag.import_errors, "modules": modules}))
+"""
+
+MONITOR = """
+import json, sys
+from datetime import datetime
+from sqlalchemy import select
+from airflow.dag_processing.bundles.manager import DagBundlesManager
+from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+from airflow.models.dagrun import DagRun
+from airflow.utils.session import create_session
+DagBundlesManager().sync_bundles_to_db()
+bag = DagBag()
+sync_bag_to_db(bag, "dags-folder", None)
+when = datetime.fromisoformat(sys.argv[1] + "T00:00:00+00:00")
+run = bag.dags["tiny_drift_monitor"].test(run_after=when, logical_date=when, run_conf={"overrides": {"drift.minimum": 5}})
+tasks = {each.task_id: each for each in run.get_task_instances()}
+with create_session() as session:
+    runs = session.scalars(select(DagRun).where(DagRun.dag_id == "tiny_retraining", DagRun.run_id.like("drift%"))).all()
+    triggered = {each.run_id: {name: each.conf[name] for name in ("overrides", "data")} for each in runs}
+states = {name: str(each.state) for name, each in tasks.items()}
+print()
+print(json.dumps({"tasks": states, "drift": tasks["drift"].xcom_pull(task_ids="drift"), "triggered": triggered}))
+"""

@@ -1,0 +1,220 @@
+"""A training from its data to a verified champion, by `cvf` alone: real MLflow (SQLite) and a real local endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from cv_factory_ops import registry, storage
+from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.errors import DataError, GateRefused
+from cv_factory_ops.records import EvaluateRecord, GateRecord, PredictRecord, PromoteRecord, RegisterRecord
+from cv_factory_ops.stage import read_result, run_stage
+from local.stack import _free_port
+from tests.conftest import TINY
+
+
+class Loop:
+    """A finished first training in a home of its own, whose endpoint stays up for this module."""
+
+    def __init__(self, home: Path, port: int) -> None:
+        self.home, self.path, self.run = home, home / "project.yaml", (home / "runs" / "first").as_uri()
+        settings = {**TINY, "deploy": {"kind": "local", "url": f"http://127.0.0.1:{port}"}}
+        self.path.write_text(yaml.safe_dump(settings))
+        self.environment = {"CVF_HOME": str(home), "CVF_PSEUDONYM_KEY": "a key for tests"}
+
+    @property
+    def config(self) -> ProjectConfig:
+        return load(self.path)
+
+    def cvf(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cv_factory_ops.cli", *arguments]
+        return subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    home = tmp_path_factory.mktemp("loop")
+    endpoint_log = home / "endpoint.log"
+    port = _free_port(8765)
+    command = [sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(home / "endpoint"), "--port", str(port)]
+    with endpoint_log.open("wb") as log:
+        endpoint = subprocess.Popen(command, stdout=log, stderr=log)
+    loop = Loop(home, port)
+    try:
+        done = loop.cvf("run", "--config", str(loop.path), "--run", loop.run)
+        assert done.returncode == 0, done.stderr + endpoint_log.read_text()
+        yield loop
+    finally:
+        endpoint.terminate()
+        endpoint.wait(30)
+
+
+@pytest.fixture(autouse=True)
+def in_its_home(loop: Loop, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in loop.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_first_training_ends_with_version_1_as_champion(loop: Loop) -> None:
+    champion = registry.champion(loop.config)
+    registered = RegisterRecord.model_validate(read_result(loop.run, "register").record)
+    assert champion is not None
+    assert champion.version == registered.model_version == 1
+    assert champion.bundle_digest == registered.bundle_digest
+    version = registry.connect(loop.config).get_model_version("tiny", "1")
+    assert {"bundle", "bundle_digest", "data_digest", "test_digest", "git_sha", "cvf.run"} <= set(version.tags)
+    locked = json.loads(storage.read_bytes(registry.locked_test(loop.config)))["digests"]
+    manifest = pd.read_parquet(loop.home / "runs" / "first" / "ingest" / "manifest.parquet")
+    assert set(locked) == set(manifest.loc[manifest["split"] == "test", "digest"])
+
+
+def test_the_mlflow_run_holds_params_metrics_and_pictures(loop: Loop) -> None:
+    client = registry.connect(loop.config)
+    registered = RegisterRecord.model_validate(read_result(loop.run, "register").record)
+    run = client.get_run(registered.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.epochs"] == "2"
+    assert {"train_loss", "val_auc", "test_auc", "test_accuracy"} <= set(run.data.metrics)
+    assert {item.path for item in client.list_artifacts(registered.mlflow_run_id, "evaluation")} == {
+        "evaluation/confusion_matrix.png",
+        "evaluation/roc.png",
+    }
+
+
+def test_repeating_any_stage_makes_no_second_version(loop: Loop) -> None:
+    for name in ("register", "deploy", "verify", "promote"):
+        run_stage(name, loop.config, loop.run, force=True)
+    versions = registry.connect(loop.config).search_model_versions("name = 'tiny'")
+    assert [int(version.version) for version in versions] == [1]
+    promoted = PromoteRecord.model_validate(read_result(loop.run, "promote").record)
+    assert promoted.previous_version is None
+
+
+def test_a_challenger_is_compared_with_the_champion_on_the_same_images(loop: Loop) -> None:
+    run = (loop.home / "runs" / "second").as_uri()
+    config = load(loop.path, ["training.seed=5", "preprocessing.size=24"])
+    for name in ("ingest", "preprocess", "train", "evaluate", "gate"):
+        run_stage(name, config, run)
+    evaluation = EvaluateRecord.model_validate(read_result(run, "evaluate").record)
+    first = EvaluateRecord.model_validate(read_result(loop.run, "evaluate").record)
+    assert evaluation.champion_version == 1
+    assert evaluation.champion_metrics == pytest.approx(first.metrics)  # though the champion was prepared at another size
+    verdict = GateRecord.model_validate(read_result(run, "gate").record)
+    assert verdict.champion == first.metrics["auc"]
+    assert verdict.difference_low is not None
+    assert verdict.difference_high is not None
+    assert verdict.difference_low <= verdict.challenger - verdict.champion <= verdict.difference_high
+
+
+def test_a_refused_challenger_leaves_its_verdict_and_exit_code_4(loop: Loop) -> None:
+    run = loop.home / "runs" / "refused"
+    shutil.copytree(loop.home / "runs" / "first", run, ignore=lambda _, names: [n for n in names if n in {"gate", "checkpoints"}])
+    refused = loop.cvf("gate", "--config", str(loop.path), "--run", str(run), "--set", "gate.minimum=1.0")
+    assert refused.returncode == 4
+    assert "is below gate.minimum 1" in refused.stderr
+    verdict = GateRecord.model_validate_json((run / "gate.refused.json").read_bytes())
+    assert verdict.verdict == "refused"
+    assert not (run / "gate").exists()
+
+
+def test_another_test_set_is_refused(loop: Loop) -> None:
+    from cv_factory_ops.evaluation.gate import objections
+
+    record = EvaluateRecord.model_validate(read_result(loop.run, "evaluate").record)
+    rival = record.model_copy(update={"champion_version": 1, "champion_test_digest": "other"})
+    assert objections(rival, "this", (0.0, 0.1), loop.config.gate) == ["the test set is not the one that the champion was judged on"]
+    worse = objections(rival, "other", (-0.3, 0.1), loop.config.gate.model_copy(update={"margin": 0.02}))
+    assert len(worse) == 1
+    assert "gate.margin is 0.02" in worse[0]
+
+
+def test_changed_data_cannot_replace_the_locked_test_set(loop: Loop) -> None:
+    changed = load(loop.path, ["data.source.seed=99"])
+    with pytest.raises(DataError, match="locked test set are missing"):
+        run_stage("ingest", changed, (loop.home / "runs" / "changed").as_uri())
+
+
+def test_the_alias_stays_when_the_endpoint_serves_something_else(loop: Loop) -> None:
+    run = loop.home / "runs" / "rolled_back"
+    shutil.copytree(loop.home / "runs" / "first", run, ignore=lambda _, names: [name for name in names if name == "promote"])
+    verified = run / "verify" / "result.json"
+    result = json.loads(verified.read_text())
+    result["record"]["bundle_digest"] = "0" * 64
+    verified.write_text(json.dumps(result))
+    failed = loop.cvf("promote", "--config", str(loop.path), "--run", str(run))
+    assert failed.returncode == 3
+    assert "the alias stays where it is" in failed.stderr
+
+
+def test_a_batch_is_predicted_and_what_cannot_be_read_is_listed(loop: Loop, tmp_path: Path) -> None:
+    source = next((loop.home / "var" / "storage" / "tiny" / "phantoms").glob("*/00000_0.dcm")).parent
+    for path in sorted(source.glob("*.dcm"))[:5]:
+        shutil.copy(path, tmp_path)
+    (tmp_path / "cut.dcm").write_bytes((tmp_path / "00000_0.dcm").read_bytes()[:900])
+    (tmp_path / "notes.txt").write_text("not a study")
+    config = load(loop.path, [f"batch.path={tmp_path}"])
+    record = PredictRecord.model_validate(run_stage("predict", config, (loop.home / "runs" / "batch").as_uri()).record)
+    assert (record.predicted, record.quarantined) == (5, 2)
+    lines = (loop.home / "runs" / "batch" / "predict" / "predictions.jsonl").read_text().splitlines()
+    assert all(set(json.loads(line)["scores"]) == {"normal", "opacity"} for line in lines)
+    assert len(lines) == 5
+
+
+def test_the_gate_refuses_what_is_not_a_number(loop: Loop) -> None:
+    from cv_factory_ops.evaluation.gate import objections
+
+    record = EvaluateRecord.model_validate(read_result(loop.run, "evaluate").record)
+    broken = record.model_copy(update={"metrics": {**record.metrics, "auc": float("nan")}, "champion_version": None})
+    assert len(objections(broken, "t", None, loop.config.gate)) == 1
+    assert issubclass(GateRefused, Exception)
+
+
+def test_mlflow_models_serve_answers_like_the_endpoint(loop: Loop) -> None:
+    registered = RegisterRecord.model_validate(read_result(loop.run, "register").record)
+    source = registry.connect(loop.config).get_model_version("tiny", str(registered.model_version)).source
+    port = _free_port(5200)
+    command = [Path(sys.executable).with_name("mlflow"), "models", "serve", "-m", source, "-p", str(port), "--env-manager", "local"]
+    environment = {**os.environ, **loop.environment, "MLFLOW_TRACKING_URI": registry.tracking_uri(loop.config)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as in an activated environment
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    image = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (32, 1))
+    try:
+        _await(f"http://127.0.0.1:{port}/ping")
+        body = {"inputs": [image.tolist()]}
+        answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        from cv_factory_ops.bundle import Bundle
+        from cv_factory_ops.domain import Decoded
+        from cv_factory_ops.predictor import Predictor
+
+        ours = Predictor(Bundle.load(storage.local(registered.bundle, loop.home))).answer([Decoded(image)]).predictions[0]
+        assert answer.json()["predictions"][0]["score"] == pytest.approx(ours.score, abs=1e-5)
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(30)
+
+
+def _await(url: str, seconds: float = 90) -> None:
+    import time
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(url, timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.3)
+    raise AssertionError(f"{url} does not answer")
