@@ -53,6 +53,8 @@ def connect(config: ProjectConfig) -> MlflowClient:
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # The sagemaker package's plugin expects an ARN as address and complains at every request where there is none.
+    logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)
     uri = tracking_uri(config)
     mlflow.set_tracking_uri(uri)
     try:
@@ -215,16 +217,16 @@ def _version_of_run(client: MlflowClient, name: str, run_id: str) -> int | None:
 def _new_version(client: MlflowClient, name: str, run_id: str, bundle: Path, tags: dict[str, str]) -> int:
     from mlflow.exceptions import MlflowException
 
-    source = _log_pyfunc(client, run_id, bundle)
+    model = _log_pyfunc(run_id, bundle)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return int(client.create_model_version(name, source=source, run_id=run_id, tags=tags).version)
+    return int(client.create_model_version(name, model.model_uri, run_id, tags, model_id=model.model_id).version)
 
 
-def _log_pyfunc(client: MlflowClient, run_id: str, bundle: Path) -> str:
+def _log_pyfunc(run_id: str, bundle: Path) -> Any:
     """The bundle as a pyfunc ("models from code", no pickle), so that ``mlflow models serve`` can serve it."""
     import mlflow
     import numpy as np
@@ -235,14 +237,13 @@ def _log_pyfunc(client: MlflowClient, run_id: str, bundle: Path) -> str:
 
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow wants a signature from type hints or examples; ours is given
-        model = mlflow.pyfunc.log_model(
+        return mlflow.pyfunc.log_model(
             name="bundle",
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"bundle": str(bundle)},
             signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype("float32"), (-1, -1, -1))])),
             pip_requirements=[f"cv-factory=={cv_factory_ops.__version__}"],
         )
-    return str(model.model_uri)
 
 
 def _previous(client: MlflowClient, name: str, version: int) -> int | None:

@@ -29,7 +29,7 @@ for path, config in projects():
                 task_id="retrain",
                 trigger_dag_id=f"{config.project}_retraining",
                 trigger_run_id="drift__{{ run_id }}",
-                conf="{{ params.dump() | tojson }}",  # type: ignore[arg-type]  # JSON text, which it parses
+                conf="{{ params | tojson }}",  # type: ignore[arg-type]  # JSON text, which it parses
                 skip_when_already_exists=True,  # a second try after a crash finds the run that the first one triggered
             ),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,8 +62,13 @@ def make_studies(config: ProjectConfig, count: int, *, shifted: bool, training_r
 
 
 def send(config: ProjectConfig, batch: list[Study], title: str) -> None:
-    """Send studies, two at a time, as a hospital's gateway would; raises what boto3 raises."""
-    client = boto3.client("sagemaker-runtime")
+    """Send studies, two at a time, as a hospital's gateway would; raises what boto3 raises.
+
+    Without ``endpoint_url`` this client talks to AWS; the local endpoint takes any credentials.
+    """
+    address = os.environ["AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"]
+    credentials = {"aws_access_key_id": "local", "aws_secret_access_key": "local", "region_name": "us-east-1"}
+    client = boto3.client("sagemaker-runtime", endpoint_url=address, **credentials)
 
     def invoke(study: Study) -> None:
         client.invoke_endpoint(
@@ -73,7 +79,7 @@ def send(config: ProjectConfig, batch: list[Study], title: str) -> None:
         )
 
     with ThreadPoolExecutor(2) as pool:
-        list(tqdm(pool.map(invoke, batch), title, len(batch), unit="study", leave=False))
+        list(tqdm(pool.map(invoke, batch), title, len(batch), unit=" studies", leave=False, disable=None))
 
 
 def tell_labels(config: ProjectConfig, batch: list[Study]) -> None:

@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.errors import CvFactoryError, DataError
+from cv_factory_ops.stage import STAGES
 from local.stack import CHECKOUT, Stack, stop
 
 HOME = CHECKOUT / "var" / "demo"
@@ -68,12 +68,12 @@ class Demo:
 
     def _record(self, name: str, run_id: str, task: str) -> dict[str, Any] | None:
         """The stage's record, noted for the table; None for tasks that are no stage."""
-        value = self.stack.airflow.xcom(self.dag(name), run_id, task) if task != "retrain" else None
-        if not isinstance(value, Mapping) or "summary" not in value:
+        if task not in STAGES:
             return None
+        value = dict(self.stack.airflow.xcom(self.dag(name), run_id, task))
         duration = self.stack.airflow.task_seconds(self.dag(name), run_id, task)
         self.rows.append((self.dag(name), task, duration, str(value["summary"])))
-        return dict(value)
+        return value
 
 
 def run(stack: Stack, config: ProjectConfig, conf: dict[str, Any]) -> dict[str, Any]:
