@@ -77,7 +77,10 @@ def _studies(stage: Stage, refusals: list[Refusal]) -> Iterator[tuple[str, Decod
             continue
         try:
             content = item.content
-            yield item.id, decode(content, None, stage.domain) if isinstance(content, bytes) else Decoded(as_unit_range(content))
+            yield (
+                item.id,
+                decode(content, None, stage.domain) if isinstance(content, bytes) else Decoded(as_unit_range(content)),
+            )
         except Rejected as error:
             refusals.append(Refusal(item.id, error.code, str(error)))
 

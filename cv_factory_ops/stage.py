@@ -73,11 +73,19 @@ STAGES = {
         "registry:register", "register the model version in MLflow", ("ingest", "train", "evaluate", "gate"), ("mlflow",)
     ),
     "deploy": Spec("deploy.sagemaker:run", "roll the version out to the endpoint", ("register",), ("deploy",)),
-    "verify": Spec("deploy.verify:run", "compare the live endpoint with what was asked", ("register", "deploy"), ("deploy",), "deploy.verify:fingerprint"),
+    "verify": Spec(
+        "deploy.verify:run",
+        "compare the live endpoint with what was asked",
+        ("register", "deploy"),
+        ("deploy",),
+        "deploy.verify:fingerprint",
+    ),
     "promote": Spec("registry:promote", "move the alias champion", ("ingest", "register", "verify"), ("mlflow",)),
     "drift": Spec("drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow")),
     "decide": Spec("drift.decide:run", "decide whether to retrain, and store why", ("drift",), ("decision",)),
-    "predict": Spec("batch:run", "run the champion over a batch of studies", (), ("project", "batch", "data", "mlflow"), "batch:fingerprint"),
+    "predict": Spec(
+        "batch:run", "run the champion over a batch of studies", (), ("project", "batch", "data", "mlflow"), "batch:fingerprint"
+    ),
 }
 
 TRAINING = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "deploy", "verify", "promote")

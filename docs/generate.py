@@ -89,7 +89,9 @@ def _type(field: FieldInfo) -> str:
 
 def _limits(field: FieldInfo) -> list[str]:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "pattern": "matching"}
-    found = [(signs[name], getattr(item, name)) for item in field.metadata for name in signs if getattr(item, name, None) is not None]
+    found = [
+        (signs[name], getattr(item, name)) for item in field.metadata for name in signs if getattr(item, name, None) is not None
+    ]
     return [f"{sign} {value}" if sign != "matching" else f"matching `{value}`" for sign, value in found]
 
 

@@ -81,11 +81,15 @@ def test_storage_root_follows_the_environment(project: Project, monkeypatch: pyt
 
 
 def test_check_and_schema_on_the_command_line(project: Project) -> None:
-    good = subprocess.run([sys.executable, "-m", "cv_factory_ops.cli", "config", "check", project()], capture_output=True, text=True)
+    good = subprocess.run(
+        [sys.executable, "-m", "cv_factory_ops.cli", "config", "check", project()], capture_output=True, text=True
+    )
     assert good.returncode == 0
     assert "fine, project tiny" in good.stdout
     bad = subprocess.run(
-        [sys.executable, "-m", "cv_factory_ops.cli", "config", "check", project(drift={"alpha": 2})], capture_output=True, text=True
+        [sys.executable, "-m", "cv_factory_ops.cli", "config", "check", project(drift={"alpha": 2})],
+        capture_output=True,
+        text=True,
     )
     assert bad.returncode == 2
     assert "drift.alpha: 2 given; allowed: less than 1" in bad.stderr

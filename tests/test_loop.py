@@ -120,7 +120,9 @@ def test_a_challenger_is_compared_with_the_champion_on_the_same_images(loop: Loo
 
 def test_a_refused_challenger_leaves_its_verdict_and_exit_code_4(loop: Loop) -> None:
     run = loop.home / "runs" / "refused"
-    shutil.copytree(loop.home / "runs" / "first", run, ignore=lambda _, names: [n for n in names if n in {"gate", "checkpoints"}])
+    shutil.copytree(
+        loop.home / "runs" / "first", run, ignore=lambda _, names: [n for n in names if n in {"gate", "checkpoints"}]
+    )
     refused = loop.cvf("gate", "--config", str(loop.path), "--run", str(run), "--set", "gate.minimum=1.0")
     assert refused.returncode == 4
     assert "is below gate.minimum 1" in refused.stderr
@@ -134,7 +136,9 @@ def test_another_test_set_is_refused(loop: Loop) -> None:
 
     record = EvaluateRecord.model_validate(read_result(loop.run, "evaluate").record)
     rival = record.model_copy(update={"champion_version": 1, "champion_test_digest": "other"})
-    assert objections(rival, "this", (0.0, 0.1), loop.config.gate) == ["the test set is not the one that the champion was judged on"]
+    assert objections(rival, "this", (0.0, 0.1), loop.config.gate) == [
+        "the test set is not the one that the champion was judged on"
+    ]
     worse = objections(rival, "other", (-0.3, 0.1), loop.config.gate.model_copy(update={"margin": 0.02}))
     assert len(worse) == 1
     assert "gate.margin is 0.02" in worse[0]
@@ -185,10 +189,22 @@ def test_mlflow_models_serve_answers_like_the_endpoint(loop: Loop) -> None:
     registered = RegisterRecord.model_validate(read_result(loop.run, "register").record)
     source = registry.connect(loop.config).get_model_version("tiny", str(registered.model_version)).source
     port = _free_port(5200)
-    command = [Path(sys.executable).with_name("mlflow"), "models", "serve", "-m", source, "-p", str(port), "--env-manager", "local"]
+    command = [
+        Path(sys.executable).with_name("mlflow"),
+        "models",
+        "serve",
+        "-m",
+        source,
+        "-p",
+        str(port),
+        "--env-manager",
+        "local",
+    ]
     environment = {**os.environ, **loop.environment, "MLFLOW_TRACKING_URI": registry.tracking_uri(loop.config)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as in an activated environment
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    server = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
     image = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (32, 1))
     try:
         _await(f"http://127.0.0.1:{port}/ping")

@@ -47,7 +47,7 @@ def test_a_tree_goes_up_comes_down_and_is_deleted(root: str, tmp_path: Path) -> 
 
 
 def test_what_is_missing_is_named(root: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing.txt: is not there"):
+    with pytest.raises(DataError, match=r"nothing\.txt: is not there"):
         storage.read_bytes(f"{root}/nothing.txt")
     with pytest.raises(DataError, match="is not there"):
         storage.local(f"{root}/nothing", tmp_path)

@@ -212,9 +212,8 @@ def test_the_archive_of_a_bundle_is_the_same_bytes_each_time(project: Project, h
 
 
 def test_shards_are_the_prepared_images_in_the_order_of_their_rows(run: str, home: Path) -> None:
-    from cv_factory_ops.ingestion.manifest import read_images
-
     from cv_factory_ops.config import PreprocessingConfig
+    from cv_factory_ops.ingestion.manifest import read_images
     from cv_factory_ops.preprocessing.pipeline import prepare
     from cv_factory_ops.training.data import Shard
 

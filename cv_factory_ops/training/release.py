@@ -85,7 +85,7 @@ def reference_table(
         features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i], probabilities[i])
         for i in np.flatnonzero((rows["patient"] == "") | ~rows["patient"].duplicated())
     ]
-    kinds: dict[str, Kind] = {name: "number" for name in table[0]}
+    kinds: dict[str, Kind] = dict.fromkeys(table[0], "number")
     kinds |= {f"metadata_{name}": domain.metadata[name] for name in known}
     return pd.DataFrame([missing_to_nan(row, kinds) for row in table]), kinds
 
