@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; give one with PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	@echo "installing the tested lock into .venv (a few minutes the first time)"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/pip install -qq --disable-pip-version-check $(PIP_ARGS) --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
 demo: install  ## the closed loop on this machine; DATA=file.npz on real images, KEEP=1 leaves the services running
@@ -28,6 +28,8 @@ up: install  ## Airflow, MLflow and the endpoint, to click through
 
 down: install  ## stop what `make up` or `make demo KEEP=1` left running
 	$(BIN)/python -m local.stack down
+	$(BIN)/python -m local.stack down --home var/demo
+	$(BIN)/cvf endpoint --stop
 
 test: install  ## all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -19,7 +19,7 @@ from cv_factory_ops.errors import CvFactoryError, unexpected
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("alembic", "mlflow", "botocore", "httpx", "matplotlib", "sagemaker"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -36,17 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Every command with its arguments."""
     from cv_factory_ops.stage import STAGES
 
-    parser = argparse.ArgumentParser(prog="cvf", description="Train, deploy, watch and retrain computer-vision models.")
-    parser.add_argument("--version", action="version", version=f"cvf {cv_factory_ops.__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", title="stages and commands")
+    root = argparse.ArgumentParser(prog="cvf", description="Train, deploy, watch and retrain computer-vision models.")
+    root.add_argument("--version", action="version", version=f"cvf {cv_factory_ops.__version__}")
+    commands = root.add_subparsers(dest="name", required=True, metavar="COMMAND", title="stages and commands")
     for name, spec in STAGES.items():
         _stage_arguments(_add(commands, name, spec.help, _stage))
-    run = _add(commands, "run", "all stages of a training, one after the other", _run)
-    _stage_arguments(run)
+    _stage_arguments(_add(commands, "run", "all stages of a training, one after the other", _run))
     _config_arguments(commands)
+    deidentify = _add(commands, "deidentify", "copy studies without identity, ready to be sent", _deidentify)
+    deidentify.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    deidentify.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder for the copies")
+    deidentify.add_argument("--domain", default="medical", help="entry point of the group cv_factory_ops.domains")
     serve = _add(commands, "serve", "serve a bundle: /ping and /invocations (SageMaker's container contract)", _serve)
     serve.add_argument("--model", default=os.environ.get("SM_MODEL_DIR", "/opt/ml/model"), help="bundle directory")
     serve.add_argument("--host", default="0.0.0.0")  # noqa: S104 - a container serves its network
@@ -55,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     endpoint.add_argument("--state", default="var/endpoint", help="directory of its state")
     endpoint.add_argument("--host", default="127.0.0.1")
     endpoint.add_argument("--port", type=int, default=8765)
-    return parser
+    endpoint.add_argument("--stop", action="store_true", help="stop the one that works on this state directory")
+    return root
 
 
 def _add(
@@ -126,10 +131,31 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _endpoint(options: argparse.Namespace) -> int:
-    from cv_factory_ops.deploy.local import serve
+    from cv_factory_ops.deploy.local import serve, stop
 
-    serve(Path(options.state), options.host, options.port)
+    if options.stop:
+        stop(Path(options.state))
+    else:
+        serve(Path(options.state), options.host, options.port)
     return 0
+
+
+def _deidentify(options: argparse.Namespace) -> int:
+    from cv_factory_ops import storage
+    from cv_factory_ops.domain import open_domain
+    from cv_factory_ops.errors import Rejected
+
+    domain, refused = open_domain(options.domain), 0
+    for number, file in enumerate(options.files):
+        try:
+            # A new name: the old one may be a patient's.
+            copy = options.out.resolve() / f"{number:05d}{file.suffix}"
+            storage.write_bytes(copy.as_uri(), domain.deidentify(storage.read_bytes(file.resolve().as_uri())))
+        except Rejected as error:
+            refused += 1
+            print(f"cvf deidentify: {file}: {error}", file=sys.stderr)
+    print(f"{len(options.files) - refused} of {len(options.files)} studies de-identified into {options.out}")
+    return Rejected.exit_code if refused else 0
 
 
 if __name__ == "__main__":

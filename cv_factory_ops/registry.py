@@ -56,7 +56,6 @@ def connect(config: ProjectConfig) -> MlflowClient:
     # The sagemaker package's plugin expects an ARN as address and complains at every request where there is none.
     logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)
     uri = tracking_uri(config)
-    mlflow.set_tracking_uri(uri)
     try:
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
@@ -217,7 +216,7 @@ def _version_of_run(client: MlflowClient, name: str, run_id: str) -> int | None:
 def _new_version(client: MlflowClient, name: str, run_id: str, bundle: Path, tags: dict[str, str]) -> int:
     from mlflow.exceptions import MlflowException
 
-    model = _log_pyfunc(run_id, bundle)
+    model = _log_pyfunc(client, run_id, bundle)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -226,7 +225,7 @@ def _new_version(client: MlflowClient, name: str, run_id: str, bundle: Path, tag
     return int(client.create_model_version(name, model.model_uri, run_id, tags, model_id=model.model_id).version)
 
 
-def _log_pyfunc(run_id: str, bundle: Path) -> Any:
+def _log_pyfunc(client: MlflowClient, run_id: str, bundle: Path) -> Any:
     """The bundle as a pyfunc ("models from code", no pickle), so that ``mlflow models serve`` can serve it."""
     import mlflow
     import numpy as np
@@ -235,6 +234,7 @@ def _log_pyfunc(run_id: str, bundle: Path) -> Any:
 
     import cv_factory_ops
 
+    mlflow.set_tracking_uri(client.tracking_uri)
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow wants a signature from type hints or examples; ours is given
         return mlflow.pyfunc.log_model(

@@ -151,3 +151,19 @@ def test_odd_files_are_deidentified_or_refused() -> None:
             codes.add(error.code)
     assert done >= 150
     assert codes <= {"not_dicom", "truncated", "undecodable", "identified"}
+
+
+def test_the_command_copies_what_it_can_under_new_names(
+    before: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cv_factory_ops.cli import main
+
+    (tmp_path / "doe_jane.dcm").write_bytes(before)
+    (tmp_path / "notes.txt").write_text("not a study")
+    files = [str(tmp_path / name) for name in ("doe_jane.dcm", "notes.txt")]
+    assert main(["deidentify", *files, "--out", str(tmp_path / "out")]) == 3
+    shown = capsys.readouterr()
+    assert "1 of 2 studies de-identified" in shown.out
+    assert "notes.txt: is not a DICOM Part 10 file" in shown.err
+    assert [item.name for item in (tmp_path / "out").iterdir()] == ["00000.dcm"]
+    DOMAIN.require_deidentified((tmp_path / "out" / "00000.dcm").read_bytes())

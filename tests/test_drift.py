@@ -116,7 +116,7 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, tracking_uri: str, mo
     for name in ("CVF_STORAGE", "CVF_HOME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return ProjectConfig(
-        project=request.node.name.partition("[")[0].lower()[:40],
+        project=request.node.name.partition("[")[0].lower()[:40].rstrip("_"),
         labels=["a", "b"],
         storage=str(tmp_path / "storage"),
         data=DataConfig(source=NpzSource(path="none.npz")),

@@ -20,7 +20,7 @@ from botocore.validate import ParamValidator
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import pack
 from cv_factory_ops.config import ProjectConfig, load
-from cv_factory_ops.deploy.local import ensure_running
+from cv_factory_ops.deploy.local import ensure_running, stop
 from cv_factory_ops.deploy.spool import Spool
 from cv_factory_ops.errors import Unavailable
 from tests.bundles import IMAGE, free_port, npy, png, start_cvf, wait_until, write_bundle
@@ -432,8 +432,10 @@ def test_ensure_running_starts_a_server_once(tmp_path: Path) -> None:
     ensure_running(url, tmp_path / "state")
     assert int((tmp_path / "state" / "lock").read_text()) == pid
     assert httpx.get(f"{url}/ping").json() == {"endpoints": {}}
-    os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not answers(url))
+    stop(tmp_path / "state")
+    assert not answers(url)
+    stop(tmp_path / "state")
+    stop(tmp_path / "never")
 
 
 def test_ensure_running_says_what_is_in_the_way(s3_server: str, tmp_path: Path) -> None:

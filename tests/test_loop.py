@@ -20,7 +20,7 @@ from cv_factory_ops import registry, storage
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.errors import DataError, GateRefused
 from cv_factory_ops.records import EvaluateRecord, GateRecord, PredictRecord, PromoteRecord, RegisterRecord
-from cv_factory_ops.stage import read_result, run_stage
+from cv_factory_ops.stage import TRAINING, read_result, run_stage
 from local.stack import _free_port
 from tests.conftest import TINY
 
@@ -40,7 +40,9 @@ class Loop:
 
     def cvf(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "cv_factory_ops.cli", *arguments]
-        return subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=600)
+        # MLflow itself leaves its address in the environment of a process that has logged a model.
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+        return subprocess.run(command, env={**environment, **self.environment}, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +222,42 @@ def test_mlflow_models_serve_answers_like_the_endpoint(loop: Loop) -> None:
     finally:
         os.killpg(server.pid, 15)
         server.wait(30)
+
+
+def test_kill_9_of_any_stage_and_a_retry_end_with_one_run_and_one_version(loop: Loop) -> None:
+    run = loop.home / "runs" / "killed"
+    arguments = ["--config", str(loop.path), "--run", str(run), "--set", "training.seed=11"]
+    for name in TRAINING:
+        for delay in (0.4, 1.6):
+            command = [sys.executable, "-m", "cv_factory_ops.cli", name, *arguments]
+            process = subprocess.Popen(
+                command, env={**os.environ, **loop.environment}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            )
+            try:
+                process.wait(delay)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        done = loop.cvf(name, *arguments)
+        assert done.returncode == 0, done.stderr
+    client = registry.connect(loop.config)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    runs = client.search_runs([experiment], f"tags.`{registry.RUN_TAG}` = '{run.as_uri()}'")
+    versions = [v for v in client.search_model_versions("name = 'tiny'") if v.tags[registry.RUN_TAG] == run.as_uri()]
+    champion = registry.champion(loop.config)
+    assert len(runs) == len(versions) == 1
+    assert champion is not None
+    assert champion.version == int(versions[0].version)
+    assert [item.name for item in run.iterdir() if item.name.endswith((".work", ".old"))] == []
+
+
+def test_no_identity_leaves_the_studies_themselves(loop: Loop) -> None:
+    kept = [path for path in loop.home.rglob("*") if path.is_file() and "phantoms" not in path.parts]
+    identifying = (b"PHANTOM-", b"PHANTOM^", b"Phantom Street")
+    assert len(kept) > 20
+    assert [path for path in kept if any(word in path.read_bytes() for word in identifying)] == []
+    manifest = pd.read_parquet(loop.home / "runs" / "first" / "ingest" / "manifest.parquet")
+    assert manifest["patient"].str.fullmatch("[0-9a-f]{24}").all()
 
 
 def _await(url: str, seconds: float = 90) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,19 @@ def ensure_running(url: str, state: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _answers(url):  # somebody else may have started it meanwhile
             _start(url, parts.hostname, parts.port or 80, state)
+
+
+def stop(state: Path) -> None:
+    """Stop the server that works on a state directory, and wait until it has; none there is fine."""
+    path = state / "lock"
+    if not path.exists():
+        return
+    with path.open("r", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # it is held, so the process id in it is that of a living server
+            os.kill(int(lock.read()), signal.SIGTERM)
+            fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def _start(url: str, host: str, port: int, state: Path) -> None:

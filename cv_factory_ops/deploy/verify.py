@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import uuid
 from typing import Any, NamedTuple
 
@@ -42,8 +43,8 @@ def run(stage: Stage) -> VerifyRecord:
 
 
 def fingerprint(stage: Stage) -> str:
-    """What the endpoint says now: a verification that is repeated asks again."""
-    return repr(live(stage.config))
+    """Never the same: a verification is about now, and is not taken from the store."""
+    return str(time.time_ns())
 
 
 class Live(NamedTuple):
