@@ -205,7 +205,7 @@ def _opacity(x: Image, y: Image, patient: _Patient) -> Image:
     u = (x - center_x) * math.cos(angle) + (y - center_y) * math.sin(angle)
     v = (y - center_y) * math.cos(angle) - (x - center_x) * math.sin(angle)
     length = width * 2.0 ** (patient.kind - 1)
-    blob: Image = (0.25 + 0.22 * strength) * np.exp(-((u / length) ** 2) - (v / width) ** 2)
+    blob: Image = (0.30 + 0.22 * strength) * np.exp(-((u / length) ** 2) - (v / width) ** 2)
     return blob
 
 

@@ -52,7 +52,7 @@ def make_studies(config: ProjectConfig, count: int, *, shifted: bool, training_r
             ]
         case NpzSource():
             reserved = _reserved(config, training_run)
-            chosen = list(islice(reserved, count, 2 * count) if shifted else islice(reserved, count))
+            chosen = list(islice(reserved, config.drift.window, None) if shifted else reserved)[:count]
             return [
                 Study(f"{kind}-{i:04d}", "application/x-npy", _npy(degrade(image, i) if shifted else image), label)
                 for i, (image, label) in enumerate(chosen)

@@ -89,8 +89,8 @@ def run(stack: Stack, config: ProjectConfig, conf: dict[str, Any]) -> dict[str, 
     send(config, ordinary, "ordinary")
     quiet = demo.run_dag("drift_monitor", "demo_quiet")
 
-    console.print(f"\nA consumer sends {window} studies of a changed acquisition; their labels arrive")
-    shifted = make_studies(config, window, shifted=True, training_run=run_directory)
+    console.print(f"\nA consumer sends {2 * window} studies of a changed acquisition; the labels of all studies arrive")
+    shifted = make_studies(config, 2 * window, shifted=True, training_run=run_directory)
     send(config, shifted, "shifted")
     tell_labels(config, ordinary + shifted)
     drifted = demo.run_dag("drift_monitor", "demo_shifted")
@@ -201,6 +201,8 @@ def _conf(data: Path | None) -> dict[str, Any]:
 def _run_on_stack(path: Path, conf: dict[str, Any], keep: bool) -> int:
     stop(HOME)
     shutil.rmtree(HOME, ignore_errors=True)
+    # Splits follow pseudonyms: with a fixed key every demo has the same ones. Phantoms have nothing to hide.
+    os.environ.setdefault("CVF_PSEUDONYM_KEY", "phantoms")
     stack = Stack(HOME, console.print)
     console.print("[bold]Starting Airflow, MLflow and the endpoint[/bold]")
     stack.start()
@@ -212,7 +214,8 @@ def _run_on_stack(path: Path, conf: dict[str, Any], keep: bool) -> int:
         (HOME / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
         console.print(f"  {_relative(summary['shifted']['report'])}  (drift report)", soft_wrap=True)
         console.print(f"\nSummary  {_relative((HOME / 'summary.json').as_uri())}")
-        console.print(f"Airflow  {stack.addresses['airflow']}\nMLflow   {stack.addresses['mlflow']}", soft_wrap=True)
+        console.print(f"Airflow  {stack.addresses['airflow']}/dags", soft_wrap=True)
+        console.print(f"MLflow   {stack.addresses['mlflow']}/#/models/{config.project}", soft_wrap=True)
         console.print(
             "These pages are up until `make down`." if keep else "Everything is stopped now; KEEP=1 keeps the pages up."
         )

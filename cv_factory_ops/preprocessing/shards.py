@@ -45,7 +45,9 @@ def run(stage: Stage) -> PreprocessRecord:
 
 def write_shards(out: Path, manifest: pd.DataFrame, folder: Path, config: PreprocessingConfig) -> dict[str, int]:
     """Write ``<split>.npy`` and ``<split>.parquet`` for the rows of a manifest; returns the number of images of each split."""
-    splits = {split: rows.reset_index(drop=True) for split, rows in manifest.groupby("split", sort=True)}
+    # Sorted: the order in which captures arrived must not change what is trained.
+    by_id = manifest.sort_values("id")
+    splits = {split: rows.reset_index(drop=True) for split, rows in by_id.groupby("split", sort=True)}
     shape = (config.size, config.size)
     arrays = {}
     for split, rows in splits.items():

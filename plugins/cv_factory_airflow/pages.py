@@ -67,7 +67,9 @@ def _is_below(uri: str, root: str) -> bool:
 
 def _section(project: ProjectConfig) -> str:
     rows = "".join(_row(decision) for decision in _last_decisions(project.root))
-    table = f"<table><tr><th>Time<th>Drift<th>Decision<th>Reason<th>Report</tr>{rows}</table>" if rows else "<p>None yet.</p>"
+    table = (
+        f"<table><tr><th>Time (UTC)<th>Drift<th>Decision<th>Reason<th>Report</tr>{rows}</table>" if rows else "<p>None yet.</p>"
+    )
     return f"<h2>{escape(project.project)}</h2>{table}"
 
 
@@ -84,7 +86,8 @@ def _row(decision: dict[str, Any]) -> str:
     decided = "retrain" if decision.get("retrain") else "keep the model"
     report = f"{decision.get('run')}/drift/report.html"
     link = f'<a target="_blank" href="{escape(report_page(report))}">report</a>' if verdict in {"drift", "no drift"} else ""
-    cells = [decision.get("time", ""), verdict, decided, decision.get("reason", "")]
+    minute = str(decision.get("time", ""))[:16].replace("T", " ")
+    cells = [minute, verdict, decided, decision.get("reason", "")]
     return "<tr>" + "".join(f"<td>{escape(str(cell))}" for cell in cells) + f"<td>{link}</tr>"
 
 
