@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test lint format docs airflow-db benchmarks clean
+.PHONY: help install demo up down test lint format docs airflow-db clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,7 +44,7 @@ format: install  ## format the code
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format .
 
-docs: install  ## write docs/configuration.md anew
+docs: install  ## write docs/configuration.md and docs/commands.md anew
 	$(BIN)/python docs/generate.py
 
 airflow-db: install  ## prepare the database of `airflow dags test` (see airflow.env)

@@ -319,11 +319,6 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ProjectConfig:
         raise ConfigError("\n".join(f"{path}: {line}" for line in explain(error, ProjectConfig))) from None
 
 
-def projects(folder: str | Path) -> list[tuple[Path, ProjectConfig]]:
-    """Every project of a folder of YAML files, in the order of their names."""
-    return [(path, load(path)) for path in sorted(Path(folder).glob("*.yaml"))]
-
-
 def _override(tree: dict[str, Any], text: str) -> None:
     key, found, value = text.partition("=")
     if not found:

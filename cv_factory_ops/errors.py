@@ -61,6 +61,9 @@ def unexpected(error: Exception) -> str:
 
     The error's own words stay in that file: they may quote data.
     """
-    with tempfile.NamedTemporaryFile("w", prefix="cvf-", suffix=".log", delete=False, encoding="utf-8") as file:
-        traceback.print_exception(error, file=file)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="cvf-", suffix=".log", delete=False, encoding="utf-8") as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return f"unexpected {type(error).__name__}; its details could not be written, the disk may be full"
     return f"unexpected {type(error).__name__}; details in {file.name}"

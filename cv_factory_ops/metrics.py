@@ -45,7 +45,10 @@ def accuracy(labels: Labels, probabilities: Scores, threshold: float) -> float:
 
 
 def classification(labels: Labels, probabilities: Scores, threshold: float) -> dict[str, float]:
-    """``auc``, ``accuracy`` and, with two classes, ``sensitivity`` and ``specificity``; empty for no rows."""
+    """``auc``, ``accuracy`` and, with two classes, ``sensitivity`` and ``specificity``; without those that are undefined.
+
+    AUC needs both sides, sensitivity a positive, specificity a negative; empty for no rows.
+    """
     if not len(labels):
         return {}
     values = {"auc": auc(labels, probabilities), "accuracy": accuracy(labels, probabilities, threshold)}
@@ -53,7 +56,7 @@ def classification(labels: Labels, probabilities: Scores, threshold: float) -> d
         positive = predicted(probabilities, threshold) == 1
         values["sensitivity"] = float(positive[labels == 1].mean()) if (labels == 1).any() else float("nan")
         values["specificity"] = float((~positive)[labels == 0].mean()) if (labels == 0).any() else float("nan")
-    return {name: round(value, 6) for name, value in values.items()}
+    return {name: round(value, 6) for name, value in values.items() if not np.isnan(value)}
 
 
 def confusion(labels: Labels, classes: Labels, count: int) -> NDArray[np.int64]:

@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig, home
-from cv_factory_ops.errors import DataError, Unavailable
-from cv_factory_ops.records import GateRecord, IngestRecord, PromoteRecord, RegisterRecord, TrainRecord, VerifyRecord
+from cv_factory_ops.errors import DataError, GateRefused, Unavailable
+from cv_factory_ops.records import (
+    EvaluateRecord,
+    GateRecord,
+    IngestRecord,
+    PromoteRecord,
+    RegisterRecord,
+    TrainRecord,
+    VerifyRecord,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -97,7 +105,7 @@ def run_page(client: MlflowClient, run_id: str) -> str:
 def champion(config: ProjectConfig) -> Champion | None:
     """The current champion of a project, None before the first promotion."""
     client = connect(config)
-    with _explained(f"model {config.project}"):
+    with explained(f"model {config.project}"):
         version = _by_alias(client, config.project, "champion")
     if version is None:
         return None
@@ -120,7 +128,8 @@ def register(stage: Stage) -> RegisterRecord:
         RUN_TAG: stage.run,
     }
     client = connect(stage.config)
-    with _explained(f"model {name}"):
+    with explained(f"model {name}"):
+        _require_same_rival(client, stage)
         version = _version_of_run(client, name, run_id) or _new_version(client, name, run_id, bundle, tags)
         client.set_registered_model_alias(name, "challenger", str(version))
         client.set_terminated(run_id)
@@ -148,7 +157,8 @@ def promote(stage: Stage) -> PromoteRecord:
         )
     _lock_test_set(stage)
     client, name, version = connect(stage.config), registered.model_name, registered.model_version
-    with _explained(f"model {name}"):
+    with explained(f"model {name}"):
+        _require_same_rival(client, stage)
         previous = _previous(client, name, version)
         client.set_model_version_tag(name, str(version), "previous_champion", str(previous or ""))
         client.set_registered_model_alias(name, "champion", str(version))
@@ -176,6 +186,22 @@ def _lock_test_set(stage: Stage) -> None:
     storage.write_bytes(locked_test(stage.config), json.dumps({"run": stage.run, "digests": digests}).encode())
 
 
+def _require_same_rival(client: MlflowClient, stage: Stage) -> None:
+    """The champion is still the one that the gate compared with, or already this run's own version.
+
+    Raises:
+        GateRefused: another training has been promoted meanwhile.
+    """
+    judged = stage.read(EvaluateRecord).champion_version
+    current = _by_alias(client, stage.config.project, "champion")
+    if current is None or int(current.version) == judged or current.tags.get(RUN_TAG) == stage.run:
+        return
+    raise GateRefused(
+        f"champion is now version {current.version}, the gate compared with {judged or 'none'}; "
+        "compare again with `cvf evaluate --force`, then go on from the gate"
+    )
+
+
 def _experiment(client: MlflowClient, config: ProjectConfig) -> str:
     found = client.get_experiment_by_name(config.project)
     if found:
@@ -185,7 +211,7 @@ def _experiment(client: MlflowClient, config: ProjectConfig) -> str:
 
 
 @contextmanager
-def _explained(subject: str) -> Iterator[None]:
+def explained(subject: str) -> Iterator[None]:
     """Turn what MLflow raises into one line of ours."""
     from mlflow.exceptions import MlflowException
 

@@ -48,6 +48,8 @@ class Spec:
     """Fields of the project's configuration that it depends on."""
     fingerprint: str = ""
     """``module:function`` that digests what it reads from outside the run, taking the :class:`Stage`."""
+    cleanup: str = ""
+    """``module:function`` that is called with the :class:`Stage` once its result is published."""
 
 
 STAGES = {
@@ -64,6 +66,7 @@ STAGES = {
         "train with DDP, write the model bundle",
         ("ingest", "preprocess"),
         ("project", "domain", "labels", "preprocessing", "model", "training", "mlflow"),
+        cleanup="training.train:forget_checkpoint",
     ),
     "evaluate": Spec(
         "evaluation.evaluate:run", "measure challenger and champion", ("ingest", "preprocess", "train"), ("mlflow",)
@@ -72,16 +75,20 @@ STAGES = {
     "register": Spec(
         "registry:register", "register the model version in MLflow", ("ingest", "train", "evaluate", "gate"), ("mlflow",)
     ),
-    "deploy": Spec("deploy.sagemaker:run", "roll the version out to the endpoint", ("register",), ("deploy",)),
+    "deploy": Spec("deploy.sagemaker:run", "roll the version out to the endpoint", ("register",), ("deploy",), "stage:now"),
     "verify": Spec(
         "deploy.verify:run",
         "compare the live endpoint with what was asked",
         ("register", "deploy"),
         ("deploy",),
-        "deploy.verify:fingerprint",
+        "stage:now",
     ),
-    "promote": Spec("registry:promote", "move the alias champion", ("ingest", "register", "verify"), ("mlflow",)),
-    "drift": Spec("drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow")),
+    "promote": Spec(
+        "registry:promote", "move the alias champion", ("ingest", "evaluate", "register", "verify"), ("mlflow",), "stage:now"
+    ),
+    "drift": Spec(
+        "drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow"), "drift.window:fingerprint"
+    ),
     "decide": Spec("drift.decide:run", "decide whether to retrain, and store why", ("drift",), ("decision",)),
     "predict": Spec(
         "batch:run", "run the champion over a batch of studies", (), ("project", "batch", "data", "mlflow"), "batch:fingerprint"
@@ -181,6 +188,8 @@ def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False
             raise storage.explained_os_error(error, str(error.filename or stage.out)) from error
         finally:
             shutil.rmtree(stage.out, ignore_errors=True)
+        if spec.cleanup:
+            _function(spec.cleanup)(stage)
     log.info("%s: %s (%.1f s)", name, record.summary, result.seconds)
     return result
 
@@ -189,6 +198,11 @@ def _function(name: str) -> Callable[[Stage], Any]:
     module, _, function = name.partition(":")
     work: Callable[[Stage], Any] = getattr(importlib.import_module(f"cv_factory_ops.{module}"), function)
     return work
+
+
+def now(stage: Stage) -> str:
+    """Fingerprint of stages that change or ask the world outside: repeating them is cheap, and an old answer says nothing."""
+    return str(time.time_ns())
 
 
 def _workspace(run: str) -> Path:
@@ -232,6 +246,7 @@ def _publish(stage: Stage, result: Result) -> None:
     target = storage.path_of(stage.uri())
     if target is None:
         storage.delete_tree(stage.uri("result.json"))
+        storage.delete_tree(f"{stage.uri()}/")
         storage.upload_tree(stage.out, f"{stage.run}/{stage.name}", last="result.json")
         return
     if target.exists():

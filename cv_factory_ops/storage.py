@@ -124,8 +124,15 @@ def upload_file(path: Path, uri: str) -> None:
         if target := path_of(uri):
             target.parent.mkdir(parents=True, exist_ok=True)
             draft = target.with_name(f".{target.name}.{os.getpid()}")
-            shutil.copyfile(path, draft)
-            os.replace(draft, target)
+            try:
+                with path.open("rb") as source, draft.open("wb") as copy:
+                    shutil.copyfileobj(source, copy, 1024 * 1024)
+                    copy.flush()
+                    os.fsync(copy.fileno())
+                os.replace(draft, target)
+            except BaseException:
+                draft.unlink(missing_ok=True)
+                raise
         else:
             bucket, key = _bucket_key(uri)
             _s3().upload_file(str(path), bucket, key)
@@ -142,7 +149,8 @@ def local(uri: str, below: Path) -> Path:
             if not path.exists():
                 raise DataError(f"{uri}: is not there")
             return path
-        target = below / hashlib.sha256(uri.encode()).hexdigest()[:16] / uri.rsplit("/", 1)[1]
+        # Named by what it holds: what is published anew under the same URI is fetched anew.
+        target = below / text_digest(f"{uri} {list(versions(uri))}")[:16] / uri.rsplit("/", 1)[1]
         if not target.exists():
             _download(uri, target)
         return target

@@ -31,6 +31,7 @@ Environment variables, for what differs from machine to machine rather than from
 | variable | meaning |
 |---|---|
 | `CVF_HOME` | directory that relative paths are relative to (default: the working directory) |
+| `CVF_STATE` | directory of Airflow's and MLflow's databases, storage and logs in `airflow.env` (default: `$CVF_HOME/var`) |
 | `CVF_STORAGE` | storage root, instead of `storage` |
 | `CVF_PSEUDONYM_KEY` | key of the pseudonyms; without it one is made in `var/pseudonym.key` |
 | `CVF_CONFIGS` | folder that the DAG files read projects from (default: `configs/` beside `dags/`) |

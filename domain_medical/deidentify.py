@@ -11,6 +11,7 @@ from io import BytesIO
 
 from pydicom import DataElement, Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
+from pydicom.multival import MultiValue
 
 from cv_factory_ops.errors import Rejected
 from domain_medical.dicom import identity, read, remapped_uid, text
@@ -53,6 +54,18 @@ _REMOVED = {
 """Identity in codes, in pictures beside the image, and in the values before earlier changes."""
 
 
+_IDENTIFIERS = (
+    "PatientBirthDate",
+    "OtherPatientIDs",
+    "OtherPatientNames",
+    "PatientAddress",
+    "PatientTelephoneNumbers",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
+"""Direct identifiers: a study that says one is not de-identified, whatever it is marked as."""
+
+
 def deidentify(data: bytes) -> bytes:
     """The same study with pseudonyms in place of identity; age, sex, acquisition and pixels stay.
 
@@ -72,7 +85,9 @@ def deidentify(data: bytes) -> bytes:
 
 
 def require_deidentified(data: bytes) -> None:
-    """Accept only studies that are marked as de-identified and show no obvious identity.
+    """Accept only studies that are marked as de-identified and hold no direct identifier.
+
+    PatientName may repeat PatientID, which is a pseudonym then. Messages name elements, never their values.
 
     Raises:
         Rejected: ``identified``, or a code of :func:`domain_medical.dicom.read`.
@@ -80,10 +95,23 @@ def require_deidentified(data: bytes) -> None:
     study = read(data)
     if text(study, "PatientIdentityRemoved") != "YES":
         raise Rejected("identified", "de-identify the study before sending it (PatientIdentityRemoved is not YES)")
-    if text(study, "PatientBirthDate"):
-        raise Rejected("identified", "de-identify the study before sending it (PatientBirthDate is not empty)")
+    for keyword in _IDENTIFIERS:
+        if _values(study, keyword):
+            raise Rejected("identified", f"de-identify the study before sending it ({keyword} is not empty)")
+    if (name := _values(study, "PatientName")) and name != _values(study, "PatientID"):
+        raise Rejected("identified", "de-identify the study before sending it (PatientName is neither empty nor PatientID)")
     if text(study, "BurnedInAnnotation") == "YES":
         raise Rejected("identified", "de-identify the study before sending it (BurnedInAnnotation is YES)")
+
+
+def _values(study: Dataset, keyword: str) -> list[str]:
+    """All values of an element that say something; an element that cannot be read is not taken for an empty one."""
+    try:
+        value = study.get(keyword)
+        values = value if isinstance(value, MultiValue) else [value]
+        return [said for item in values if item is not None and (said := str(item).strip())]
+    except Exception as error:
+        raise Rejected("undecodable", f"{keyword} cannot be read ({type(error).__name__})") from None
 
 
 def _deidentified(study: Dataset) -> bytes:

@@ -14,12 +14,13 @@ from urllib.parse import unquote, urlsplit
 import boto3
 import cv2
 import numpy as np
+from botocore.exceptions import BotoCoreError, ClientError
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cv_factory_ops import captures
 from cv_factory_ops.config import NpzSource, PhantomSource, ProjectConfig
-from cv_factory_ops.errors import ConfigError
+from cv_factory_ops.errors import ConfigError, Unavailable
 from cv_factory_ops.ingestion.manifest import read_images, read_manifest
 from domain_medical.deidentify import deidentify
 from domain_medical.synthetic import SCANNERS, SHIFTED_SCANNER, studies
@@ -62,9 +63,12 @@ def make_studies(config: ProjectConfig, count: int, *, shifted: bool, training_r
 
 
 def send(config: ProjectConfig, batch: list[Study], title: str) -> None:
-    """Send studies, two at a time, as a hospital's gateway would; raises what boto3 raises.
+    """Send studies, two at a time, as a hospital's gateway would.
 
     Without ``endpoint_url`` this client talks to AWS; the local endpoint takes any credentials.
+
+    Raises:
+        Unavailable: a study was not answered.
     """
     address = os.environ["AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"]
     credentials = {"aws_access_key_id": "local", "aws_secret_access_key": "local", "region_name": "us-east-1"}
@@ -78,8 +82,11 @@ def send(config: ProjectConfig, batch: list[Study], title: str) -> None:
             InferenceId=study.inference_id,
         )
 
-    with ThreadPoolExecutor(2) as pool:
-        list(tqdm(pool.map(invoke, batch), title, len(batch), unit=" studies", leave=False, disable=None))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(tqdm(pool.map(invoke, batch), title, len(batch), unit=" studies", leave=False, disable=None))
+    except (BotoCoreError, ClientError) as error:
+        raise Unavailable(f"endpoint {config.endpoint_name}: {' '.join(str(error).split())}") from None
 
 
 def tell_labels(config: ProjectConfig, batch: list[Study]) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,9 @@ from cv_factory_ops.stage import STAGES
 from local.stack import CHECKOUT, Stack, stop
 
 HOME = CHECKOUT / "var" / "demo"
+SHOWN = {"running", "success", "failed", "up_for_retry", "deferred", "skipped"}
+STAGE_LINE = re.compile(r"\d\d:\d\d:\d\d (.+)")
+"""What ``cvf`` itself logs, among Airflow's lines in a task's log."""
 console = Console(highlight=False)
 
 
@@ -50,7 +57,8 @@ class Demo:
         if not triggered:
             self.stack.airflow.trigger(dag_id, self.conf, run_id)
         started = time.monotonic()
-        state = self.stack.airflow.wait(dag_id, run_id, self._show)
+        logs = self.stack.home / "airflow" / "logs" / f"dag_id={dag_id}" / f"run_id={run_id}"
+        state = self.stack.airflow.wait(dag_id, run_id, Progress(logs).show)
         seconds = round(time.monotonic() - started, 1)
         self.dag_runs.append({"dag_id": dag_id, "run_id": run_id, "state": state, "seconds": seconds})
         tasks = self.stack.airflow.tasks(dag_id, run_id)
@@ -62,10 +70,6 @@ class Demo:
             task: record for task, now in tasks.items() if now == "success" and (record := self._record(name, run_id, task))
         }
 
-    def _show(self, task: str, state: str) -> None:
-        if state in {"running", "success", "failed", "up_for_retry", "deferred", "skipped"}:
-            console.print(f"  {time.strftime('%H:%M:%S')}  {task:<18} {state}")
-
     def _record(self, name: str, run_id: str, task: str) -> dict[str, Any] | None:
         """The stage's record, noted for the table; None for tasks that are no stage."""
         if task not in STAGES:
@@ -74,6 +78,39 @@ class Demo:
         duration = self.stack.airflow.task_seconds(self.dag(name), run_id, task)
         self.rows.append((self.dag(name), task, duration, str(value["summary"])))
         return value
+
+
+class Progress:
+    """Prints a DAG run as it goes: the changes of its tasks' states, and between them what the stages log.
+
+    :param logs: folder of the run in Airflow's logs, ``task_id=<task>/attempt=<n>.log`` with a JSON object a line
+    """
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self._states: dict[str, str] = {}
+        self._read: Counter[Path] = Counter()
+
+    def show(self, states: dict[str, str]) -> None:
+        """What is new, given the present state of each task."""
+        for task, state in states.items():
+            before = self._states.get(task)
+            if before == "running":
+                for line in self._new_lines(task):
+                    console.print(f"    {line}", style="dim", markup=False, soft_wrap=True)
+            if state != before and state in SHOWN:
+                console.print(f"  {time.strftime('%H:%M:%S')}  {task:<18} {state}")
+        self._states = states
+
+    def _new_lines(self, task: str) -> Iterator[str]:
+        for log in sorted(self.logs.glob(f"task_id={task}/attempt=*.log")):
+            with log.open("rb") as file:
+                file.seek(self._read[log])
+                complete, found, _ = file.read().rpartition(b"\n")
+            self._read[log] += len(complete + found)
+            for line in complete.splitlines():
+                if own := STAGE_LINE.fullmatch(str(json.loads(line).get("event"))):
+                    yield own[1]
 
 
 def run(stack: Stack, config: ProjectConfig, conf: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +154,7 @@ def _summary(
     return {
         "training": {
             "model_version": training["register"]["model_version"],
-            "test_auc": training["evaluate"]["metrics"]["auc"],
+            "test_auc": training["evaluate"]["metrics"].get("auc"),
             "bundle_digest": training["register"]["bundle_digest"],
         },
         "endpoint": live_endpoint(demo.config),
@@ -158,12 +195,11 @@ def _tables(demo: Demo, training: dict[str, Any], retraining: dict[str, Any]) ->
         before = dag
     console.print("\n", table)
     evaluation = retraining["evaluate"]
-    if evaluation["recent_metrics"]:
-        was, now = evaluation["champion_recent_metrics"], evaluation["recent_metrics"]
-        console.print(
-            f"\nOn held-out new studies, before -> after retraining: "
-            f"AUC {was['auc']:.3f} -> {now['auc']:.3f}, accuracy {was['accuracy']:.3f} -> {now['accuracy']:.3f}"
-        )
+    was, now = evaluation["champion_recent_metrics"], evaluation["recent_metrics"]
+    titles = {"auc": "AUC", "accuracy": "accuracy"}
+    both = [f"{titles[name]} {was[name]:.3f} -> {now[name]:.3f}" for name in titles if name in was and name in now]
+    if both:
+        console.print(f"\nOn held-out new studies, before -> after retraining: {', '.join(both)}")
     console.print("\nPictures")
     for path in [*training["evaluate"]["pictures"], *evaluation["pictures"]]:
         console.print(f"  {_relative(path)}", soft_wrap=True)
@@ -180,6 +216,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the services running")
     options = parser.parse_args()
     name = "pneumoniamnist" if options.data else "demo"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the services stop with the demo
     try:
         conf = _conf(options.data)
         return _run_on_stack(CHECKOUT / "configs" / f"{name}.yaml", conf, options.keep)

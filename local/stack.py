@@ -167,7 +167,7 @@ class Airflow:
     """The few calls of Airflow's public REST API (v2) that the demo and the tests need."""
 
     def __init__(self, address: str) -> None:
-        self._client = httpx.Client(base_url=f"{address}/api/v2", timeout=30)
+        self._client = httpx.Client(base_url=f"{address}/api/v2", timeout=30, trust_env=False)
 
     def health(self) -> dict[str, Any]:
         """State of each component; empty while the API server does not answer."""
@@ -184,21 +184,18 @@ class Airflow:
         return str(self._call("POST", f"/dags/{dag_id}/dagRuns", json=body)["dag_run_id"])
 
     def wait(
-        self, dag_id: str, run_id: str, on_progress: Callable[[str, str], None] | None = None, timeout: float = 3600
+        self, dag_id: str, run_id: str, on_poll: Callable[[dict[str, str]], None] | None = None, timeout: float = 3600
     ) -> str:
-        """Wait for the end of a DAG run and return its state; ``on_progress(task, state)`` hears of every change.
+        """Wait for the end of a DAG run and return its state; ``on_poll`` is given the tasks' states at every look.
 
         Raises:
             Unavailable: the run is not over after ``timeout`` seconds.
         """
-        seen: dict[str, str] = {}
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             state = str(self._call("GET", f"/dags/{dag_id}/dagRuns/{run_id}")["state"])
-            for task, now in self.tasks(dag_id, run_id).items():
-                if on_progress and now and seen.get(task) != now:
-                    on_progress(task, now)
-                seen[task] = now
+            if on_poll:
+                on_poll(self.tasks(dag_id, run_id))
             if state in {"success", "failed"}:
                 return state
             time.sleep(0.5)
@@ -221,30 +218,30 @@ class Airflow:
         """What a task returned."""
         return self._call("GET", f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/xcomEntries/{key}")["value"]
 
-    def unpause(self, dag_id: str) -> None:
-        self._call("PATCH", f"/dags/{dag_id}", json={"is_paused": False})
-
     def await_dag(self, dag_id: str, timeout: float = 60) -> None:
         """Wait until the DAG processor has found a DAG.
 
         Raises:
-            Unavailable: it has not after ``timeout`` seconds.
+            Unavailable: it has not after ``timeout`` seconds, or the API server does not answer.
         """
         deadline = time.monotonic() + timeout
-        while self._client.get(f"/dags/{dag_id}").status_code != 200:
+        while self._send("GET", f"/dags/{dag_id}").status_code != 200:
             if time.monotonic() > deadline:
                 errors = self._call("GET", "/importErrors")["import_errors"]
                 raise Unavailable(f"{dag_id}: no such DAG; import errors: {[item['filename'] for item in errors] or 'none'}")
             time.sleep(0.3)
 
     def _call(self, method: str, path: str, **arguments: Any) -> Any:
-        try:
-            answer = self._client.request(method, path, **arguments)
-        except httpx.TransportError as error:
-            raise Unavailable(f"{self._client.base_url}: {type(error).__name__}; is the stack up?") from None
+        answer = self._send(method, path, **arguments)
         if answer.is_error:
             raise Unavailable(f"{method} {answer.url}: {answer.status_code} {answer.text[:300]}")
         return answer.json()
+
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            return self._client.request(method, path, **arguments)
+        except httpx.TransportError as error:
+            raise Unavailable(f"{self._client.base_url}: {type(error).__name__}; is the stack up?") from None
 
 
 def stop(home: Path) -> None:

@@ -152,6 +152,19 @@ def test_broken_project_leaves_the_others_alone(local: LocalAirflow) -> None:
     assert f"{broken}: data.source.kind: 'floppy' given; allowed: 'phantoms'" in error
 
 
+def test_second_file_of_a_project_is_reported_and_left_out(local: LocalAirflow) -> None:
+    second = local.configs / "tiny_again.yaml"
+    second.write_text((local.configs / "tiny.yaml").read_text())
+    try:
+        found = local.python(PARSE)
+    finally:
+        second.unlink()
+    assert sorted(found["dags"]) == sorted(f"tiny_{kind}" for kind in KINDS)
+    assert {dag["params"]["config"]["value"] for dag in found["dags"].values()} == {str(local.configs / "tiny.yaml")}
+    (error,) = found["errors"].values()
+    assert f"{second}: project: 'tiny' given, which {local.configs / 'tiny.yaml'} has" in error
+
+
 def test_training_dag_runs(local: LocalAirflow, trained: subprocess.CompletedProcess[str]) -> None:
     assert trained.returncode == 0, trained.stdout[-5000:]
     assert _published(local, "training") == set(TRAINING)

@@ -40,6 +40,18 @@ SECRETS = {
 }
 
 
+DIRECT = {
+    "PatientName": "Doe^Jane",
+    "PatientBirthDate": "19700203",
+    "OtherPatientIDs": "SSN-123",
+    "OtherPatientNames": "Roe^Jane",
+    "PatientAddress": "12 Elm Street",
+    "PatientTelephoneNumbers": "555-0199",
+    "AccessionNumber": "ACC-99",
+    "ReferringPhysicianName": "House^Gregory",
+}
+
+
 def identified() -> Dataset:
     study = make(**SECRETS, PatientAge="053Y", PatientSex="F", Manufacturer="Acme", ManufacturerModelName="X1", KVP="120")
     item, inner = Dataset(), Dataset()
@@ -113,10 +125,12 @@ def test_burned_in_identity_is_refused() -> None:
 
 def test_identified_studies_are_not_accepted(before: bytes) -> None:
     DOMAIN.require_deidentified(DOMAIN.deidentify(before))
+    DOMAIN.require_deidentified(encode(make(PatientIdentityRemoved="YES", PatientID="p1", PatientName="p1")))
     marked = {"PatientIdentityRemoved": "YES"}
     refused = [
         before,
-        encode(make(**marked, PatientBirthDate="19700203")),
+        *(encode(make(**marked, PatientID="p1", **{keyword: value})) for keyword, value in DIRECT.items()),
+        encode(make(**marked, OtherPatientIDs=["", "1970"])),
         encode(make(**marked, BurnedInAnnotation="YES")),
         encode(make(PatientIdentityRemoved="NO")),
     ]
@@ -124,7 +138,7 @@ def test_identified_studies_are_not_accepted(before: bytes) -> None:
         with pytest.raises(Rejected, match="de-identify the study before sending it") as caught:
             DOMAIN.require_deidentified(data)
         assert caught.value.code == "identified"
-        assert "1970" not in str(caught.value)
+        assert not any(value in str(caught.value) for value in (*DIRECT.values(), "1970"))
     with pytest.raises(Rejected) as caught:
         DOMAIN.require_deidentified(b"not a study")
     assert caught.value.code == "not_dicom"

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,8 +73,8 @@ def test_deploy_and_verify_and_deploy_again(config: ProjectConfig, home: Path) -
     run = registered(home, "first", one)
     record = deploy(config, run)
     assert record.endpoint_name == "tiny"
-    assert record.model_name == f"tiny-{one.digest[:12]}"
-    assert record.endpoint_config_name.startswith(f"tiny-{one.digest[:12]}-")
+    assert record.model_name == record.endpoint_config_name
+    assert re.fullmatch(f"tiny-{one.digest[:12]}-[0-9a-f]{{8}}", record.model_name)
     assert record.previous_config_name is None
     assert verify(config, run).bundle_digest == one.digest
 
@@ -201,6 +202,16 @@ def test_the_same_calls_go_to_aws(
     assert tags == {"project": "tiny", "run": run, "bundle-digest": bundle.digest}
     assert storage.exists(f"{config.root}/models/{bundle.digest}/model.tar.gz")
     assert deploy(config, run, force=True) == record
+
+    changed = load(project(deploy=aws | {"image": f"{image}.1"}, storage=f"s3://{bucket}/root"))
+    client.delete_endpoint(EndpointName="tiny")  # moto has no UpdateEndpoint
+    again = deploy(changed, run, force=True)
+    assert again.bundle_digest == record.bundle_digest
+    assert client.describe_model(ModelName=again.model_name)["PrimaryContainer"]["Image"] == f"{image}.1"
+    (variant,) = client.describe_endpoint_config(EndpointConfigName=again.endpoint_config_name)["ProductionVariants"]
+    assert variant["ModelName"] == again.model_name
+    longest = load(project(project="p" * 41, deploy=aws, storage=f"s3://{bucket}/root"))
+    assert len(deploy(longest, run, force=True).model_name) == 63, "SageMaker's limit"
 
 
 def test_a_wrong_setting_is_explained(

@@ -18,7 +18,7 @@ import yaml
 
 from cv_factory_ops import registry, storage
 from cv_factory_ops.config import ProjectConfig, load
-from cv_factory_ops.errors import DataError, GateRefused
+from cv_factory_ops.errors import DataError
 from cv_factory_ops.records import EvaluateRecord, GateRecord, PredictRecord, PromoteRecord, RegisterRecord
 from cv_factory_ops.stage import TRAINING, read_result, run_stage
 from local.stack import _free_port
@@ -178,13 +178,22 @@ def test_a_batch_is_predicted_and_what_cannot_be_read_is_listed(loop: Loop, tmp_
     assert len(lines) == 5
 
 
-def test_the_gate_refuses_what_is_not_a_number(loop: Loop) -> None:
+def test_the_gate_refuses_what_is_undefined(loop: Loop) -> None:
     from cv_factory_ops.evaluation.gate import objections
 
     record = EvaluateRecord.model_validate(read_result(loop.run, "evaluate").record)
-    broken = record.model_copy(update={"metrics": {**record.metrics, "auc": float("nan")}, "champion_version": None})
-    assert len(objections(broken, "t", None, loop.config.gate)) == 1
-    assert issubclass(GateRefused, Exception)
+    broken = record.model_copy(update={"metrics": {"accuracy": 1.0}, "champion_version": None})
+    assert objections(broken, "t", None, loop.config.gate) == ["auc is undefined on the test set"]
+
+
+def test_a_challenger_that_was_compared_with_an_older_champion_is_refused(loop: Loop) -> None:
+    run = loop.home / "runs" / "overtaken"
+    shutil.copytree(
+        loop.home / "runs" / "first", run, ignore=lambda _, names: [n for n in names if n in {"register", "promote"}]
+    )
+    failed = loop.cvf("register", "--config", str(loop.path), "--run", str(run))
+    assert failed.returncode == 4
+    assert "champion is now version 1, the gate compared with none" in failed.stderr
 
 
 def test_mlflow_models_serve_answers_like_the_endpoint(loop: Loop) -> None:

@@ -35,6 +35,12 @@ def test_classification_is_that_of_scikit_learn() -> None:
     assert (metrics.confusion(labels, classes, 2) == [[tn, fp], [fn, tp]]).all()
 
 
+def test_what_one_class_leaves_undefined_is_left_out() -> None:
+    scores = np.array([[0.2, 0.8], [0.6, 0.4]])
+    assert metrics.classification(np.array([1, 1]), scores, 0.5) == {"accuracy": 0.5, "sensitivity": 0.5}
+    assert metrics.classification(np.array([], dtype=np.int64), np.empty((0, 2)), 0.5) == {}
+
+
 def test_roc_curve_is_that_of_scikit_learn() -> None:
     labels, scores = _data(2)
     false_rate, true_rate, _ = metrics.roc_curve(labels == 1, scores[:, 1])

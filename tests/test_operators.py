@@ -106,11 +106,13 @@ def test_unavailable_service_is_retried(stage: Callable[..., Any], monkeypatch: 
     assert not isinstance(caught.value, AirflowFailException)
 
 
-def test_strongest_setting_comes_last(stage: Callable[..., Any]) -> None:
-    operator = stage(
-        "Ingest", settings={"data.include_captures": True, "splits.seed": 1}, data="a b", overrides='{"splits.seed": 2}'
-    )
-    assert operator._settings() == ["data.include_captures=true", "splits.seed=2", 'data.source.path="a b"']
+def test_strongest_setting_comes_last(operators: ModuleType) -> None:
+    fixed = {"data.include_captures": True, "splits.seed": 1}
+    assert operators.form_settings("a b", '{"splits.seed": 2}', fixed) == [
+        "data.include_captures=true",
+        "splits.seed=2",
+        'data.source.path="a b"',
+    ]
 
 
 def test_a_run_directory_is_safe_and_unlike_any_other() -> None:
@@ -182,6 +184,7 @@ def test_position_and_count_agree_with_the_library(
     _capture(config.root, "v1/2026/01/01/00/a.jsonl", 3)
     _capture(config.root, "v2/2026/01/01/00/b.jsonl", 2)
     _capture(config.root, "v1/2026/01/01/01/a.jsonl", 4)
+    _capture(config.root, "v1/2026/01/01/00/c.jsonl", 5, inference_id=f"{captures.PROBE}1")
     positions = ["", *(capture.position for capture in captures.read(config))]
     counts = [CaptureLog(f"{config.root}/captures/tiny", after).count() for after in positions]
     assert counts == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
@@ -205,13 +208,45 @@ def test_sensor_does_not_wait_for_a_full_window(operators: ModuleType, project: 
     from cv_factory_airflow.sensors import CaptureWindowSensor
 
     path = project(drift={"window": 3, "minimum": 2, "wait_minutes": 0.001})
-    sensor = CaptureWindowSensor(task_id="wait", config=str(path))
+    sensor = CaptureWindowSensor(task_id="wait", config=str(path), data="", overrides="{}")
     _capture(load(path).root, "v/2026/01/01/00/a.jsonl", 2)
     with pytest.raises(TaskDeferred) as deferred:
         sensor.execute(CONTEXT)
     assert _event(deferred.value.trigger) == {"requests": 2}, "the deadline passes, the drift stage decides what that means"
     _capture(load(path).root, "v/2026/01/01/00/b.jsonl", 1)
     assert sensor.execute(CONTEXT) == {"requests": 3}
+
+
+def test_sensor_waits_for_the_window_of_the_trigger_form(operators: ModuleType, project: Callable[..., Path]) -> None:
+    from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
+
+    from cv_factory_airflow.sensors import CaptureWindowSensor
+
+    def sensor(overrides: str) -> Any:
+        return CaptureWindowSensor(task_id="wait", config=str(path), data="", overrides=overrides)
+
+    path = project(drift={"window": 3, "minimum": 2})
+    _capture(load(path).root, "v/2026/01/01/00/a.jsonl", 3)
+    assert set(CaptureWindowSensor.template_fields) >= {"data", "overrides"}
+    assert sensor("{}").execute(CONTEXT) == {"requests": 3}
+    with pytest.raises(TaskDeferred) as deferred:
+        sensor('{"drift.window": 20}').execute(CONTEXT)
+    assert deferred.value.trigger.window == 20
+    with pytest.raises(AirflowFailException, match=r"drift\.window: 0 given"):
+        sensor('{"drift.window": 0}').execute(CONTEXT)
+
+
+def test_probes_are_not_counted_in_either_spelling(airflow_home: None, project: Callable[..., Path]) -> None:
+    from cv_factory_airflow.sensors import CaptureLog
+
+    root = load(project()).root
+    _capture(root, "v/2026/01/01/00/a.jsonl", 3)
+    _capture(root, "v/2026/01/01/00/b.jsonl", 2, inference_id=f"{captures.PROBE}1")
+    file = Path(root.removeprefix("file://")) / "captures" / "tiny" / "v/2026/01/01/00/b.jsonl"
+    spaced = "".join(json.dumps(json.loads(line)) + "\n" for line in file.read_text().splitlines())
+    file.with_name("c.jsonl").write_text(spaced)
+    assert CaptureLog(f"{root}/captures/tiny").count() == 3
+    assert CaptureLog(f"{root}/captures/tiny", "2026/01/01/00/a.jsonl#000001").count() == 1
 
 
 def test_trigger_fires_when_the_window_fills(airflow_home: None, project: Callable[..., Path]) -> None:
@@ -275,12 +310,12 @@ operator.execute({"dag_run": run})
 """
 
 
-def _capture(root: str, name: str, lines: int) -> None:
+def _capture(root: str, name: str, lines: int, inference_id: str = "i") -> None:
     file = Path(unquote(root.removeprefix("file://"))) / "captures" / "tiny" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     line = captures.encode(
         event_id="e",
-        inference_id="i",
+        inference_id=inference_id,
         time=datetime.now(UTC),
         request=b"",
         content_type="application/dicom",

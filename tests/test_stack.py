@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 
+from cv_factory_ops.config import load
 from cv_factory_ops.errors import Unavailable
-from local.stack import MARK, Stack, _free_port, _processes_of, stop
+from local.consumer import Study, send
+from local.demo import Progress
+from local.stack import MARK, Airflow, Stack, _free_port, _processes_of, stop
 from tests.conftest import TINY
 
 REPORT = "<html><script>document.title = 'drift'</script></html>"
@@ -49,12 +53,12 @@ def test_every_service_answers_on_this_machine_only(stack: Stack) -> None:
 
 
 def test_scheduler_runs_a_dag_and_does_not_retry_a_wrong_setting(stack: Stack) -> None:
-    seen: list[tuple[str, str]] = []
+    seen: list[dict[str, str]] = []
     run = stack.airflow.trigger("tiny_training", {"overrides": {"training.epochs": 0}}, run_id="wrong-1")
-    state = stack.airflow.wait("tiny_training", run, lambda task, now: seen.append((task, now)), timeout=120)
+    state = stack.airflow.wait("tiny_training", run, seen.append, timeout=120)
     assert (run, state) == ("wrong-1", "failed")
-    assert ("ingest", "failed") in seen
-    assert ("ingest", "up_for_retry") not in seen
+    assert seen[-1]["ingest"] == "failed"
+    assert "up_for_retry" not in {states.get("ingest") for states in seen}
     assert [item["state"] for item in stack.airflow.dag_runs("tiny_training")] == ["failed"]
 
 
@@ -83,7 +87,8 @@ def test_pages_show_decisions_and_reports(stack: Stack) -> None:
         report = client.get("/report", params={"uri": f"{run}/drift/report.html"})
         outside = client.get("/report", params={"uri": (stack.home / "secrets.json").as_uri()})
         missing = client.get("/report", params={"uri": f"{run}/drift/other.html"})
-    assert "2026-01-02T03:04:05Z" in page
+    assert "Time (UTC)" in page
+    assert "<td>2026-01-02 03:04<td>" in page
     assert "a &lt;b&gt; &amp; c" in page
     assert report.text == REPORT
     assert "sandbox" in report.headers["content-security-policy"]
@@ -109,6 +114,47 @@ def test_service_that_cannot_start_is_named_and_nothing_is_left(tmp_path: Path) 
     with pytest.raises(Unavailable, match="migration: ended with exit code 1"):
         Stack(tmp_path, report=lambda _: None).start()
     assert list(_processes_of(tmp_path)) == []
+
+
+def test_stack_that_does_not_answer_is_one_clear_line_whatever_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as proxy, socket.socket() as taken:
+        for each in (proxy, taken):
+            each.bind(("127.0.0.1", 0))
+        proxy.listen()
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        airflow = Airflow(f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(Unavailable, match="ConnectError; is the stack up"):
+            airflow.await_dag("tiny_training")
+
+
+def test_endpoint_that_does_not_answer_is_one_clear_line(project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(Unavailable, match=r"^endpoint tiny: Could not connect[^\n]*$"):
+        send(load(project()), [Study("i", "application/dicom", b"", "normal")], "studies")
+
+
+def test_progress_shows_new_lines_of_the_stage_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "task_id=train" / "attempt=1.log"
+    log.parent.mkdir()
+    events = ["Filling up the DagBag", "10:00:01 epoch 1/2: loss [0.5]", "10:00:02 epoch 2/2: loss 0.1"]
+    first, second, third = (json.dumps({"event": event, "level": "info"}) + "\n" for event in events)
+    progress = Progress(tmp_path)
+    progress.show({"train": "running", "evaluate": ""})
+    log.write_text(first + second + third[:9])
+    progress.show({"train": "running", "evaluate": ""})
+    log.write_text(first + second + third)
+    progress.show({"train": "success", "evaluate": "running"})
+    progress.show({"train": "success", "evaluate": "running"})
+    assert [" ".join(re.sub(r"^  [0-9:]{8} ", "", line).split()) for line in capsys.readouterr().out.splitlines()] == [
+        "train running",
+        "epoch 1/2: loss [0.5]",
+        "epoch 2/2: loss 0.1",
+        "train success",
+        "evaluate running",
+    ]
 
 
 def test_a_taken_port_is_passed_over() -> None:

@@ -117,6 +117,32 @@ def test_a_full_disk_may_be_tried_again(project: Project, home: Path) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
+def test_preprocessing_on_a_full_disk_is_one_line(project: Project, home: Path) -> None:
+    disk = home / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        path = project(preprocessing={"size": 512})
+        assert cvf("ingest", "--config", path, "--run", disk / "run").returncode == 0
+        failed = cvf("preprocess", "--config", path, "--run", disk / "run")
+        assert failed.returncode == 75, failed.stderr
+        assert "no space left on the disk" in failed.stderr
+        assert not (disk / "run" / "preprocess").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_what_is_published_anew_on_s3_is_read_anew(project: Project, bucket: str) -> None:
+    run = f"s3://{bucket}/runs/2"
+    run_stage("ingest", load(project()), run)
+    first = PreprocessRecord.model_validate(run_stage("preprocess", load(project()), run).record)
+    fewer = load(project(data={"source": {"kind": "phantoms", "patients": 48, "image_size": 48, "seed": 3}}))
+    run_stage("ingest", fewer, run)
+    second = PreprocessRecord.model_validate(run_stage("preprocess", fewer, run).record)
+    assert sum(second.counts.values()) < sum(first.counts.values())
+
+
 def test_a_run_on_s3_ends_with_its_result(project: Project, bucket: str) -> None:
     config, run = load(project()), f"s3://{bucket}/runs/1"
     run_stage("ingest", config, run)

@@ -83,6 +83,10 @@ def test_a_full_disk_leaves_the_old_content_and_no_draft(tmp_path: Path) -> None
         storage.write_bytes((disk / "a").as_uri(), b"old")
         with pytest.raises(Unavailable, match="no space left on the disk"):
             storage.write_bytes((disk / "a").as_uri(), bytes(1_000_000))
+        large = tmp_path / "large"
+        large.write_bytes(bytes(1_000_000))
+        with pytest.raises(Unavailable, match="no space left on the disk"):
+            storage.upload_file(large, (disk / "a").as_uri())
         assert (disk / "a").read_bytes() == b"old"
         assert [item.name for item in disk.iterdir()] == ["a"]
     finally:

@@ -221,7 +221,7 @@ def _capture(request: Request, config: Mapping[str, Any], variant: str, body: by
         line = json.dumps(content)
     try:
         request.app.state.spool.write(f"{config['DestinationS3Uri'].rstrip('/')}/{request.path_params['name']}/{variant}", line)
-    except OSError as error:  # the answer matters more
+    except (OSError, CvFactoryError) as error:  # the answer matters more
         log.warning("captures: one was lost: %s", error)
 
 

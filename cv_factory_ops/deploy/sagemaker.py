@@ -1,7 +1,8 @@
 """Stage ``deploy``: one model, one endpoint configuration and one endpoint a bundle, on Amazon SageMaker or on this machine.
 
-The same calls go to both; only the address, the role, the image and the credentials differ. Every name follows from the
-bundle's digest and the settings, so a retry after a crash between any two calls finds what is there and goes on.
+The same calls go to both; only the address, the role, the image and the credentials differ. Model and endpoint config are
+both named ``<endpoint>-<bundle digest, 12 digits>-<settings digest, 8 digits>`` (63 characters at most, SageMaker's limit):
+a retry after a crash between any two calls finds what is there and goes on, and changed settings make new ones.
 
 Plain boto3: the typed ``Endpoint`` of sagemaker 3 cannot read what the service answers for an endpoint that captures without
 a KMS key (aws/sagemaker-python-sdk issue 5738), and takes two seconds to import.
@@ -45,17 +46,16 @@ def run(stage: Stage) -> DeployRecord:
     config, digest = stage.config, registered.bundle_digest
     with explained(config):
         client = session(config).client("sagemaker")
-        model_name = f"{config.endpoint_name}-{digest[:12]}"
-        config_name = f"{model_name}-{_settings_digest(config)}"
+        name = f"{config.endpoint_name}-{digest[:12]}-{_settings_digest(config)}"
         tags = _tags({"project": config.project, "run": stage.run, "bundle-digest": digest})
-        _create_model(client, config, model_name, _model_data(stage, registered), tags)
-        _create_endpoint_config(client, config, config_name, model_name, tags)
-        previous = _roll_out(client, config, config_name, tags)
+        _create_model(client, config, name, _model_data(stage, registered), tags)
+        _create_endpoint_config(client, config, name, tags)
+        previous = _roll_out(client, config, name, tags)
     return DeployRecord(
         summary=f"endpoint {config.endpoint_name} serves model version {registered.model_version} (bundle {digest[:12]})",
         endpoint_name=config.endpoint_name,
-        endpoint_config_name=config_name,
-        model_name=model_name,
+        endpoint_config_name=name,
+        model_name=name,
         bundle_digest=digest,
         previous_config_name=previous,
     )
@@ -126,6 +126,7 @@ def _model_data(stage: Stage, registered: RegisterRecord) -> str:
 
 
 def _settings_digest(config: ProjectConfig) -> str:
+    """What the model and the endpoint config hold besides the bundle: image, role, instances, storage, captures."""
     settings = config.deploy.model_dump_json(exclude={"url", "timeout"})
     return storage.text_digest(f"{settings} {captures.folder(config)}")[:8]
 
@@ -139,13 +140,14 @@ def _create_model(client: Any, config: ProjectConfig, name: str, model_data: str
     log.info("deploy: created model %s", name)
 
 
-def _create_endpoint_config(client: Any, config: ProjectConfig, name: str, model_name: str, tags: Tags) -> None:
+def _create_endpoint_config(client: Any, config: ProjectConfig, name: str, tags: Tags) -> None:
+    """The endpoint config of the model of the same name."""
     if _found(client.describe_endpoint_config, EndpointConfigName=name):
         return
     instance_type, count = _instances(config.deploy)
     variant = {
         "VariantName": VARIANT,
-        "ModelName": model_name,
+        "ModelName": name,
         "InstanceType": instance_type,
         "InitialInstanceCount": count,
         "InitialVariantWeight": 1.0,

@@ -15,8 +15,8 @@ import os
 import threading
 import uuid
 from datetime import UTC, datetime, timedelta
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from cv_factory_ops import storage
 from cv_factory_ops.errors import CvFactoryError
@@ -32,7 +32,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: dict[str, BinaryIO] = {}
+        self._open: dict[str, FileIO] = {}
         self._lock = threading.Lock()
         self._latest = datetime.min.replace(tzinfo=UTC)
         self._closing = threading.Event()
@@ -41,39 +41,46 @@ class Spool:
         self._mover.start()
 
     def write(self, destination: str, line: str) -> None:
-        """Append one line for a destination; it survives the end of this process once this returns."""
+        """Append one line for a destination; it survives the end of this process once this returns.
+
+        Raises:
+            OSError, CvFactoryError: it could not be written, and left nothing; the next one may be.
+        """
         with self._lock:
             if destination not in self._open:
                 self._open[destination] = self._new_file(destination)
-            file = self._open[destination]
-            file.write(line.encode() + b"\n")
-            file.flush()
+            _append(self._open[destination], line.encode() + b"\n")
 
     def close(self) -> None:
         """Move what is left and end the thread."""
         self._closing.set()
         self._mover.join()
 
-    def _new_file(self, destination: str) -> BinaryIO:
+    def _new_file(self, destination: str) -> FileIO:
         place = self._folder / storage.text_digest(destination)[:16]
         if not (place / "destination").exists():
             storage.write_bytes((place / "destination").resolve().as_uri(), destination.encode())
         self._latest = max(datetime.now(UTC), self._latest + timedelta(microseconds=1))
         path = place / f"{self._latest:%Y/%m/%d/%H/%M-%S-%f}-{uuid.uuid4()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab")
+        return path.open("ab", buffering=0)  # nothing is left to be written, and to fail, when it is closed
 
     def _run(self) -> None:
-        pause = 0.0  # what an earlier process left behind goes first
-        while not self._closing.wait(pause):
-            pause = MOVE_SECONDS if self._move() else RETRY_SECONDS
-        self._move()
+        pause, last = 0.0, False  # what an earlier process left behind goes first
+        while not last:
+            last = self._closing.wait(pause)
+            try:
+                pause = MOVE_SECONDS if self._move() else RETRY_SECONDS
+            except Exception as error:  # without this thread, no later capture would arrive either
+                log.warning("captures: kept in %s for now: %s", self._folder, type(error).__name__)
+                pause = RETRY_SECONDS
 
     def _move(self) -> bool:
         """Hand over every file; of a destination that refuses one, the later files wait behind it."""
         with self._lock:
             for file in self._open.values():
-                file.close()
+                with contextlib.suppress(OSError):  # a disk may report a lost write as late as here
+                    file.close()
             self._open.clear()
             files = sorted(self._folder.glob("*/*/*/*/*/*.jsonl"), key=lambda path: path.relative_to(path.parents[4]))
         refused: set[Path] = set()
@@ -94,3 +101,15 @@ class Spool:
         path.unlink()
         with self._lock, contextlib.suppress(OSError):  # not empty: a new file came meanwhile
             os.removedirs(path.parent)
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """Write a whole line or, where the disk is full, none of it: later lines go behind this one."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        written = 0
+        while written < len(line):
+            written += file.write(line[written:])
+    except OSError:
+        file.truncate(size)
+        raise

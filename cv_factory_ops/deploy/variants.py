@@ -184,8 +184,8 @@ class Variant:
             try:
                 await self._launch()
                 pause = 0.5
-            except NotHealthy as error:
-                log.warning("%s", error)
+            except (NotHealthy, OSError) as error:  # OSError: no disk space, memory or file handle for now
+                log.warning("variant %s: %s", self.name, error)
                 await self._end()
                 pause = min(2 * pause, 30)
 

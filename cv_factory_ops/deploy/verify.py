@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 import uuid
 from typing import Any, NamedTuple
 
@@ -40,11 +39,6 @@ def run(stage: Stage) -> VerifyRecord:
         status=found.status,
         bundle_digest=found.bundle_digest,
     )
-
-
-def fingerprint(stage: Stage) -> str:
-    """Never the same: a verification is about now, and is not taken from the store."""
-    return str(time.time_ns())
 
 
 class Live(NamedTuple):

@@ -21,7 +21,7 @@ from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.errors import DataError, Unavailable
 from cv_factory_ops.records import DriftRecord, Frozen
-from cv_factory_ops.stage import Stage
+from cv_factory_ops.stage import Stage, now
 
 log = logging.getLogger("cvf")
 
@@ -67,6 +67,15 @@ class Window:
             if count
         ]
         return "".join(parts)
+
+
+def fingerprint(stage: Stage) -> str:
+    """A verdict stands; "not enough data" is asked again, as more may have come."""
+    try:
+        found = stage.read(DriftRecord).verdict
+    except DataError:
+        return ""
+    return now(stage) if found == "not enough data" else ""
 
 
 def read_window(stage: Stage, bundle_digest: str, kinds: dict[str, Kind]) -> Window:

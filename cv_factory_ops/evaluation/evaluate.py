@@ -18,6 +18,8 @@ from cv_factory_ops.preprocessing.pipeline import prepare
 from cv_factory_ops.records import EvaluateRecord, TrainRecord
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from cv_factory_ops.stage import Stage
 
 SPLITS = ("test", "recent")
@@ -34,7 +36,7 @@ def run(stage: Stage) -> EvaluateRecord:
     champion_metrics: dict[str, dict[str, float]] = {split: {} for split in SPLITS}
     if champion:
         bundle = Bundle.load(stage.local(champion.bundle))
-        rivals = predict_splits(stage, bundle, "champion").drop(columns=["label", "split"])
+        rivals = predict_splits(stage, bundle, "champion").drop(columns=["patient", "label", "split"])
         table = table.merge(rivals, on="id", validate="one_to_one")
         champion_metrics = {split: _metrics(table, split, bundle, "champion") for split in SPLITS}
     table.to_parquet(stage.out / "predictions.parquet", index=False)
@@ -57,7 +59,7 @@ def run(stage: Stage) -> EvaluateRecord:
 
 
 def predict_splits(stage: Stage, bundle: Bundle, who: str) -> pd.DataFrame:
-    """Columns ``id``, ``split``, ``label`` and a probability ``<who>_<i>`` for each class."""
+    """Columns ``id``, ``patient``, ``split``, ``label`` and a probability ``<who>_<i>`` for each class."""
     network, tables = bundle.network(), []
     for split in SPLITS:
         rows = _rows(stage, split)
@@ -65,7 +67,7 @@ def predict_splits(stage: Stage, bundle: Bundle, who: str) -> pd.DataFrame:
             continue
         probabilities, _ = infer(network, _images(stage, split, rows, bundle))
         columns = {f"{who}_{i}": probabilities[:, i] for i in range(probabilities.shape[1])}
-        tables.append(rows[["id", "split", "label"]].assign(**columns))
+        tables.append(rows[["id", "patient", "split", "label"]].assign(**columns))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -111,17 +113,28 @@ def _pictures(stage: Stage, table: pd.DataFrame, challenger: Bundle) -> list[str
 
 def _log(stage: Stage, run_id: str, metrics: dict[str, dict[str, float]]) -> None:
     client = registry.connect(stage.config)
+    with registry.explained("evaluation"):
+        _log_to(client, stage, run_id, metrics)
+
+
+def _log_to(client: MlflowClient, stage: Stage, run_id: str, metrics: dict[str, dict[str, float]]) -> None:
+    """Metrics and pictures; with them the run is complete, whatever the gate will say."""
     for split, values in metrics.items():
         for name, value in values.items():
             client.log_metric(run_id, f"{split}_{name}", value)
     for name in ("confusion_matrix.png", "roc.png"):
         client.log_artifact(run_id, str(stage.out / name), "evaluation")
+    client.set_terminated(run_id)
 
 
 def _summary(metrics: dict[str, dict[str, float]], champion: dict[str, dict[str, float]]) -> str:
     parts = []
     for split, name in (("test", "locked test"), ("recent", "new studies")):
-        if metrics[split]:
-            before = f" (champion {champion[split]['auc']:.3f})" if champion[split] else ""
-            parts.append(f"{name}: AUC {metrics[split]['auc']:.3f}{before}, accuracy {metrics[split]['accuracy']:.3f}")
+        values = []
+        for metric in ("auc", "accuracy"):
+            if metric in metrics[split]:
+                before = f" (champion {champion[split][metric]:.3f})" if metric in champion[split] else ""
+                values.append(f"{metric} {metrics[split][metric]:.3f}{before}")
+        if values:
+            parts.append(f"{name}: {', '.join(values)}")
     return "; ".join(parts)

@@ -42,8 +42,10 @@ def objections(
 ) -> list[str]:
     """Every reason against the challenger; empty where it may pass."""
     reasons = []
-    value = evaluation.metrics[config.metric]
-    if not value >= config.minimum:  # also refuses NaN
+    value = evaluation.metrics.get(config.metric)
+    if value is None:
+        return [f"{config.metric} is undefined on the test set"]
+    if value < config.minimum:
         reasons.append(f"{config.metric} {value:.3f} is below gate.minimum {config.minimum:g}")
     if evaluation.champion_version is None:
         return reasons
@@ -58,9 +60,10 @@ def objections(
 
 
 def difference_interval(table: pd.DataFrame, evaluation: EvaluateRecord, config: GateConfig) -> tuple[float, float]:
-    """Bootstrap interval of challenger minus champion, resampling the same images for both (Efron & Tibshirani 1993).
+    """Bootstrap interval of challenger minus champion on the same resamples (Efron & Tibshirani 1993).
 
-    Each class is resampled by itself, so that every resample has both.
+    Patients are resampled, with all their images: images of one patient are not independent. Those of each class (of a
+    patient's first image) are resampled by themselves, so that every resample has all classes.
     """
     from cv_factory_ops.evaluation.evaluate import probabilities_of
 
@@ -68,15 +71,24 @@ def difference_interval(table: pd.DataFrame, evaluation: EvaluateRecord, config:
     rivals = [(probabilities_of(table, "challenger"), evaluation.threshold)]
     rivals.append((probabilities_of(table, "champion"), evaluation.champion_threshold or 0.5))
     generator = np.random.default_rng(config.seed)
-    classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    classes = _patients_of_classes(table)
     differences = []
     for _ in range(config.bootstrap):
-        rows = np.concatenate([generator.choice(members, len(members)) for members in classes])
+        drawn = [members[i] for members in classes for i in generator.integers(len(members), size=len(members))]
+        rows = np.concatenate(drawn)
         new, old = (_value(config.metric, labels[rows], scores[rows], threshold) for scores, threshold in rivals)
         differences.append(new - old)
     tail = (1 - config.confidence) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _patients_of_classes(table: pd.DataFrame) -> list[list[NDArray[np.int64]]]:
+    """For each class, the rows of each of its patients; an image without a patient counts as one."""
+    owner = table["patient"].where(table["patient"] != "", table["id"])
+    patients = list(table.groupby(owner.to_numpy()).indices.values())
+    labels = table["label"].to_numpy()
+    return [[rows for rows in patients if labels[rows[0]] == c] for c in np.unique([labels[rows[0]] for rows in patients])]
 
 
 def _value(metric: str, labels: NDArray[np.int64], probabilities: NDArray[np.float64], threshold: float) -> float:

@@ -137,7 +137,7 @@ def _labelled_files(uri: str, names: list[str], table: dict[str, tuple[str, str]
 
 
 def _read_labels(uri: str, allowed: list[str]) -> dict[str, tuple[str, str]]:
-    """``{file: (label, pseudonym of the patient or "")}``; messages name lines, not files, which may identify."""
+    """``{file: (label, pseudonym of the patient or "")}``; messages name lines, not cells, which may identify."""
     try:
         reader = csv.DictReader(io.StringIO(storage.read_bytes(uri).decode("utf-8-sig")))
         rows = list(reader)
@@ -149,7 +149,7 @@ def _read_labels(uri: str, allowed: list[str]) -> dict[str, tuple[str, str]]:
     for line, row in enumerate(rows, start=2):
         name, label, patient = (posixpath.normpath(row["file"] or ""), row["label"], (row.get("patient") or "").strip())
         if label not in allowed:
-            raise DataError(f"{uri}: line {line}: label {label!r} given; allowed: {', '.join(allowed)}")
+            raise DataError(f"{uri}: line {line}: the label is none of those allowed: {', '.join(allowed)}")
         if name in table:
             raise DataError(f"{uri}: line {line}: this file has a row already")
         table[name] = (label, pseudonym(patient, "patient") if patient else "")

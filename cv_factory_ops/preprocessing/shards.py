@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -53,6 +54,7 @@ def write_shards(out: Path, manifest: pd.DataFrame, folder: Path, config: Prepro
     for split, rows in splits.items():
         rows.to_parquet(out / f"{split}.parquet", index=False)
         arrays[split] = np.lib.format.open_memmap(out / f"{split}.npy", "w+", np.uint16, (len(rows), *shape))
+        _reserve(out / f"{split}.npy")
     places = {row_id: (split, i) for split, rows in splits.items() for i, row_id in enumerate(rows["id"])}
     for row_id, image in _prepared(folder, places, config):
         split, i = places[row_id]
@@ -60,6 +62,12 @@ def write_shards(out: Path, manifest: pd.DataFrame, folder: Path, config: Prepro
     for array in arrays.values():
         array.flush()
     return {split: len(rows) for split, rows in splits.items()}
+
+
+def _reserve(path: Path) -> None:
+    """Take the file's space now: writing into a hole of a memory map on a full disk would kill the process."""
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _prepared(

@@ -47,11 +47,15 @@ def join() -> Iterator[World]:
 
 def gather_rows(rows: NDArray[np.float32], total: int, world: World) -> NDArray[np.float32]:
     """All ranks' rows, on all ranks: rank r holds the rows r, r + size, r + 2 size, ... of ``total``."""
-    parts: list[NDArray[np.float32] | None] = [None] * world.size
-    dist.all_gather_object(parts, rows)
-    joined = np.empty((total, *rows.shape[1:]), dtype=rows.dtype)
+    most = -(-total // world.size)
+    padded = torch.zeros((most, rows.shape[1]), device=world.device)
+    padded[: len(rows)] = torch.from_numpy(rows)
+    parts = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(parts, padded)
+    joined = np.empty((total, rows.shape[1]), dtype=np.float32)
     for rank, part in enumerate(parts):
-        joined[rank :: world.size] = part
+        target = joined[rank :: world.size]
+        target[:] = part[: len(target)].cpu().numpy()
     return joined
 
 

@@ -27,7 +27,7 @@ class Assignment(Frozen):
     shards: Path
     """Local folder of the preprocessed shards."""
     out: Path
-    """Where rank 0 writes ``bundle/`` and ``outcome.json``, and a failing rank ``failure.json``."""
+    """Where rank 0 writes ``bundle/`` and ``outcome.json``."""
     checkpoint: str
     inputs_digest: str
     """Digest of what the weights depend on: a checkpoint of other inputs is not resumed."""
@@ -35,6 +35,10 @@ class Assignment(Frozen):
     std: float
     data_digest: str
     test_digest: str
+
+    def failure(self, rank: int) -> Path:
+        """Where a failing rank leaves its reason."""
+        return self.out / f"failure.{rank}.json"
 
 
 class Outcome(Frozen):
@@ -50,7 +54,7 @@ class Outcome(Frozen):
 
 
 class Failure(Frozen):
-    """How a rank explains why it gave up: ``failure.json``."""
+    """How a rank explains why it gave up: ``failure.<rank>.json``."""
 
     error: str
     """Name of the error's class in :mod:`cv_factory_ops.errors`."""
@@ -58,14 +62,14 @@ class Failure(Frozen):
 
 
 def run(stage: Stage) -> TrainRecord:
-    """Train until done; a checkpoint that a killed try left behind is resumed, and removed at the end."""
+    """Train until done; a checkpoint that a killed try left behind is resumed."""
     assignment = _assignment(stage)
     (stage.out / "assignment.json").write_text(assignment.model_dump_json(), encoding="utf-8")
     _launch(stage.out / "assignment.json", stage.config.training.processes, stage.config.training.threads)
     outcome = Outcome.model_validate_json((stage.out / "outcome.json").read_bytes())
     for name in ("assignment.json", "outcome.json"):
         (stage.out / name).unlink()
-    record = TrainRecord(
+    return TrainRecord(
         summary=f"validation AUC {outcome.val_auc:.3f} in epoch {outcome.best_epoch} of {outcome.epochs}, "
         f"{outcome.images_per_second:.0f} images/s in {outcome.world_size} processes",
         links={"mlflow": outcome.mlflow_page} if outcome.mlflow_page else {},
@@ -73,8 +77,16 @@ def run(stage: Stage) -> TrainRecord:
         bundle_digest=storage.tree_digest(stage.out / "bundle"),
         **outcome.model_dump(exclude={"mlflow_page"}),
     )
-    storage.delete_tree(assignment.checkpoint)
-    return record
+
+
+def forget_checkpoint(stage: Stage) -> None:
+    """Remove the checkpoint of a training whose bundle is published."""
+    storage.delete_tree(checkpoint_uri(stage.run))
+
+
+def checkpoint_uri(run: str) -> str:
+    """Where a training's checkpoint lies."""
+    return f"{run}/checkpoints/last.pt"
 
 
 def _assignment(stage: Stage) -> Assignment:
@@ -86,7 +98,7 @@ def _assignment(stage: Stage) -> Assignment:
         run=stage.run,
         shards=stage.local(f"{stage.run}/preprocess"),
         out=stage.out,
-        checkpoint=f"{stage.run}/checkpoints/last.pt",
+        checkpoint=checkpoint_uri(stage.run),
         inputs_digest=storage.text_digest(settings + preprocess.shards_digest),
         mean=preprocess.mean,
         std=preprocess.std,
@@ -108,19 +120,23 @@ def _launch(assignment: Path, processes: int, threads: int) -> None:
     try:
         torchrun(get_args_parser().parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        raise _failure(assignment.with_name("failure.json"), error) from None
+        raise _failure(assignment.parent, error) from None
     except SignalException:
         raise Unavailable("interrupted; a retry goes on from the last finished epoch") from None
 
 
-def _failure(report: Path, error: ChildFailedError) -> CvFactoryError:
-    """Why the ranks failed: one that was killed outweighs what the others then said of their lost peer."""
+def _failure(folder: Path, error: ChildFailedError) -> CvFactoryError:
+    """Why the ranks failed. One that was killed outweighs what the others said of their lost peer, and a reason that a rank
+    knew outweighs what surprised another."""
     for rank, process in sorted(error.failures.items()):
         if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name
             return Unavailable(f"rank {rank} was ended by {name}; a retry goes on from the last finished epoch")
-    if report.exists():
-        failure = Failure.model_validate_json(report.read_bytes())
+    failures = [
+        Failure.model_validate_json(path.read_bytes()) for path in sorted(folder.glob("failure.*.json")) if path.stat().st_size
+    ]
+    known = [failure for failure in failures if failure.error != "CvFactoryError"]
+    for failure in known + failures:
         kind: type[CvFactoryError] = getattr(errors, failure.error)
         return kind(failure.message)
     rank, process = error.get_first_failure()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cv_factory_ops import registry, storage
 from cv_factory_ops.errors import CvFactoryError, unexpected
 from cv_factory_ops.models import build
 from cv_factory_ops.training import checkpoint
@@ -31,15 +34,21 @@ def main(path: str) -> int:
     try:
         with join() as world:
             work(assignment, world)
+    except OSError as error:
+        return _report(assignment, storage.explained_os_error(error, str(error.filename or assignment.out)))
     except CvFactoryError as error:
-        failure = Failure(error=type(error).__name__, message=str(error))
-        (assignment.out / "failure.json").write_text(failure.model_dump_json(), encoding="utf-8")
-        return error.exit_code
+        return _report(assignment, error)
     except Exception as error:
-        failure = Failure(error="CvFactoryError", message=unexpected(error))
-        (assignment.out / "failure.json").write_text(failure.model_dump_json(), encoding="utf-8")
-        return 1
+        return _report(assignment, CvFactoryError(unexpected(error)))
     return 0
+
+
+def _report(assignment: Assignment, error: CvFactoryError) -> int:
+    """Leave the reason for the launcher, in a file of this rank; returns the exit code."""
+    failure = Failure(error=type(error).__name__, message=str(error))
+    with contextlib.suppress(OSError):  # the disk is full: the exit code has to do
+        assignment.failure(int(os.environ["RANK"])).write_text(failure.model_dump_json(), encoding="utf-8")
+    return error.exit_code
 
 
 def work(assignment: Assignment, world: World) -> None:
@@ -64,13 +73,12 @@ class Journal:
     """Rank 0's account of the training: MLflow, the task log, checkpoints, and at the end the bundle."""
 
     def __init__(self, assignment: Assignment) -> None:
-        from cv_factory_ops import registry
-
         self.assignment = assignment
         self.client: MlflowClient = registry.connect(assignment.config)
-        self.run_id = registry.open_run(self.client, assignment.config, assignment.run)
-        self.page = registry.run_page(self.client, self.run_id)
-        self._log_params()
+        with registry.explained("training"):
+            self.run_id = registry.open_run(self.client, assignment.config, assignment.run)
+            self.page = registry.run_page(self.client, self.run_id)
+            self._log_params()
         self.started = time.monotonic()
         self.epochs_logged = 0
 
@@ -86,7 +94,8 @@ class Journal:
             *(done, total, metrics["train_loss"], metrics["val_auc"], metrics["images_per_second"], left),
         )
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, done) for name, value in metrics.items()])
+        with registry.explained("training"):
+            self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, done) for name, value in metrics.items()])
         checkpoint.save(self.assignment.checkpoint, trainer.state(), self.assignment.inputs_digest)
 
     def finish(self, trainer: Trainer) -> None:

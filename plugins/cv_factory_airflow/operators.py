@@ -22,7 +22,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from cv_factory_airflow import run_uri
 from cv_factory_airflow.links import DriftReportLink, MlflowRunLink
-from cv_factory_ops.config import as_uri, home, load
+from cv_factory_ops.config import ProjectConfig, as_uri, home, load
 from cv_factory_ops.errors import ConfigError, DataError, GateRefused
 from cv_factory_ops.records import Result
 
@@ -89,27 +89,12 @@ class StageOperator(BaseOperator):
         _signal_group(process, signal.SIGKILL)
 
     def _arguments(self, context: Context) -> list[str]:
-        file = str(home() / self.config)
-        settings = self._settings()
-        try:
-            project = load(file, settings)
-        except ConfigError as error:
-            raise AirflowFailException(str(error)) from None
+        settings = form_settings(self.data, self.overrides, self.settings)
+        file, project = load_project(self.config, settings)
         dag_run = context["dag_run"]
         run = as_uri(self.run) if self.run else run_uri(project.root, dag_run.dag_id, dag_run.run_id)
         overrides = [part for setting in settings for part in ("--set", setting)]
         return [self.stage, "--config", file, "--run", run, *overrides]
-
-    def _settings(self) -> list[str]:
-        """``section.field=value`` of everything that differs from the file, the strongest last."""
-        try:
-            overrides = json.loads(self.overrides or "{}") or {}
-        except json.JSONDecodeError:
-            raise AirflowFailException(f"overrides: {self.overrides!r} given; allowed is a JSON object") from None
-        if not isinstance(overrides, dict):
-            raise AirflowFailException(f"overrides: {self.overrides!r} given; allowed is a JSON object")
-        data = {"data.source.path": self.data} if self.data else {}
-        return [f"{key}={json.dumps(value)}" for key, value in {**(self.settings or {}), **data, **overrides}.items()]
 
     def _run_process(self, arguments: list[str]) -> Result:
         """The stage writes to files, not pipes: a dead worker must not break the pipe of a living stage."""
@@ -177,6 +162,35 @@ class StageOperator(BaseOperator):
             "AWS_ENDPOINT_URL": hook.conn_config.endpoint_url,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+
+def form_settings(data: str, overrides: str, fixed: Mapping[str, Any] | None = None) -> list[str]:
+    """``section.field=value`` of everything that a DAG (``fixed``) and its trigger form set anew, the strongest last.
+
+    Raises:
+        AirflowFailException: ``overrides`` is not a JSON object.
+    """
+    try:
+        given = json.loads(overrides or "{}") or {}
+    except json.JSONDecodeError:
+        given = None
+    if not isinstance(given, dict):
+        raise AirflowFailException(f"overrides: {overrides!r} given; allowed is a JSON object")
+    source = {"data.source.path": data} if data else {}
+    return [f"{key}={json.dumps(value)}" for key, value in {**(fixed or {}), **source, **given}.items()]
+
+
+def load_project(config: str, settings: Sequence[str]) -> tuple[str, ProjectConfig]:
+    """Path of a project's YAML, relative ones below ``CVF_HOME``, and the project with these settings.
+
+    Raises:
+        AirflowFailException: the file or a setting is wrong; a retry would change nothing.
+    """
+    file = str(home() / config)
+    try:
+        return file, load(file, settings)
+    except ConfigError as error:
+        raise AirflowFailException(str(error)) from None
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

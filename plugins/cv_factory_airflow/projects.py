@@ -40,7 +40,7 @@ def configs_folder() -> Path:
 
 
 def projects() -> list[tuple[Path, ProjectConfig]]:
-    """Every project whose YAML is fine, in the order of the file names.
+    """Every project whose YAML is fine, in the order of the file names; of two with the same name, the first.
 
     A broken one must not take the others' DAGs with it; :func:`broken_projects` tells of it.
     """
@@ -54,7 +54,15 @@ def broken_projects() -> list[ConfigError]:
 
 def _load_all() -> list[tuple[Path, ProjectConfig | ConfigError]]:
     files = sorted(configs_folder().glob("*.yaml"))
-    return [(file, _load(file, file.stat().st_mtime_ns)) for file in files]
+    first: dict[str, Path] = {}
+    return [(file, _once(first, file, _load(file, file.stat().st_mtime_ns))) for file in files]
+
+
+def _once(first: dict[str, Path], file: Path, loaded: ProjectConfig | ConfigError) -> ProjectConfig | ConfigError:
+    """An error in place of a project whose name an earlier file has; ``first`` is the file of each name so far."""
+    if isinstance(loaded, ConfigError) or (other := first.setdefault(loaded.project, file)) == file:
+        return loaded
+    return ConfigError(f"{file}: project: {loaded.project!r} given, which {other} has; allowed is a name of its own")
 
 
 @cache
