@@ -24,6 +24,7 @@ def test_generated_pages_are_up_to_date(name: str) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+    assert page.stat().st_size > 0
 
 
 def test_the_readme_names_only_targets_that_exist() -> None:

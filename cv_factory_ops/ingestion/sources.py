@@ -196,7 +196,7 @@ def _captured(stage: Stage, labels: dict[str, str]) -> Iterator[Item | Refusal]:
         if name in seen:
             yield Refusal(name, "duplicate", "was captured before under the same inference id")
         elif label not in stage.config.labels:
-            yield Refusal(name, "unknown_label", f"label {label!r} given; allowed: {', '.join(stage.config.labels)}")
+            yield Refusal(name, "unknown_label", f"its late label is none of: {', '.join(stage.config.labels)}")
         else:
             yield Item(name, capture.request, label, content_type=capture.content_type, source="capture")
         seen.add(name)
