@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -460,29 +459,23 @@ def test_the_spool_keeps_what_its_destination_refuses(tmp_path: Path) -> None:
     assert "".join(file.read_text() for file in sorted(wall.rglob("*.jsonl"))) == "1\n2\n"
 
 
-def test_a_full_disk_costs_captures_only_until_there_is_space(tmp_path: Path) -> None:
-    disk, target = tmp_path / "disk", tmp_path / "target"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        spool = Spool(disk / "spool")
-        destination = f"{target.as_uri()}/tiny/AllTraffic"
-        spool.write(destination, "before")
-        with pytest.raises(OSError, match="No space left"):
-            spool.write(destination, "x" * 1_000_000)
-        wait_until(lambda: not list(disk.rglob("*.jsonl")))  # the mover has closed the file whose write failed
-        (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
-        with pytest.raises((OSError, CvFactoryError)):
-            spool.write(f"{target.as_uri()}/other/AllTraffic", "lost")
-        (disk / "filler").unlink()
-        spool.write(destination, "after")
-        wait_until(lambda: delivered(target) == "before\nafter\n")
-        spool.close()
-        assert delivered(target) == "before\nafter\n", "whole lines only"
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_costs_captures_only_until_there_is_space(tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("128k")
+    target = tmp_path / "target"
+    spool = Spool(disk / "spool")
+    destination = f"{target.as_uri()}/tiny/AllTraffic"
+    spool.write(destination, "before")
+    with pytest.raises(OSError, match="No space left"):
+        spool.write(destination, "x" * 1_000_000)
+    wait_until(lambda: not list(disk.rglob("*.jsonl")))  # the mover has closed the file whose write failed
+    (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+    with pytest.raises((OSError, CvFactoryError)):
+        spool.write(f"{target.as_uri()}/other/AllTraffic", "lost")
+    (disk / "filler").unlink()
+    spool.write(destination, "after")
+    wait_until(lambda: delivered(target) == "before\nafter\n")
+    spool.close()
+    assert delivered(target) == "before\nafter\n", "whole lines only"
 
 
 def delivered(target: Path) -> str:

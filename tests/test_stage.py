@@ -101,36 +101,24 @@ def test_results_of_another_version_are_refused(home: Path) -> None:
         read_result((home / "run").as_uri(), "ingest")
 
 
-def test_a_full_disk_may_be_tried_again(project: Project, home: Path) -> None:
-    disk = home / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        with pytest.raises(Unavailable, match="no space left on the disk"):
-            run_stage("ingest", load(project()), (disk / "run").as_uri())
-        failed = cvf("ingest", "--config", project(), "--run", disk / "run")
-        assert failed.returncode == 75
-        assert "Traceback" not in failed.stderr
-        assert not (disk / "run" / "ingest").exists()
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_may_be_tried_again(project: Project, home: Path, small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("200k")
+    with pytest.raises(Unavailable, match="no space left on the disk"):
+        run_stage("ingest", load(project()), (disk / "run").as_uri())
+    failed = cvf("ingest", "--config", project(), "--run", disk / "run")
+    assert failed.returncode == 75
+    assert "Traceback" not in failed.stderr
+    assert not (disk / "run" / "ingest").exists()
 
 
-def test_preprocessing_on_a_full_disk_is_one_line(project: Project, home: Path) -> None:
-    disk = home / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        path = project(preprocessing={"size": 512})
-        assert cvf("ingest", "--config", path, "--run", disk / "run").returncode == 0
-        failed = cvf("preprocess", "--config", path, "--run", disk / "run")
-        assert failed.returncode == 75, failed.stderr
-        assert "no space left on the disk" in failed.stderr
-        assert not (disk / "run" / "preprocess").exists()
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_preprocessing_on_a_full_disk_is_one_line(project: Project, home: Path, small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("2m")
+    path = project(preprocessing={"size": 512})
+    assert cvf("ingest", "--config", path, "--run", disk / "run").returncode == 0
+    failed = cvf("preprocess", "--config", path, "--run", disk / "run")
+    assert failed.returncode == 75, failed.stderr
+    assert "no space left on the disk" in failed.stderr
+    assert not (disk / "run" / "preprocess").exists()
 
 
 def test_what_is_published_anew_on_s3_is_read_anew(project: Project, bucket: str) -> None:
