@@ -107,7 +107,8 @@ class GateRecord(Record):
     stage = "gate"
     verdict: Literal["passed", "refused"]
     metric: str
-    challenger: float
+    challenger: float | None
+    """None where the metric is undefined on the test set."""
     champion: float | None
     difference_low: float | None
     """Lower end of the paired bootstrap interval of challenger minus champion; None without a champion."""

@@ -132,7 +132,6 @@ def register(stage: Stage) -> RegisterRecord:
         _require_same_rival(client, stage)
         version = _version_of_run(client, name, run_id) or _new_version(client, name, run_id, bundle, tags)
         client.set_registered_model_alias(name, "challenger", str(version))
-        client.set_terminated(run_id)
     return RegisterRecord(
         summary=f"version {version} of {name}, bundle {train.bundle_digest[:12]}",
         links=train.links,

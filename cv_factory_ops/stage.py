@@ -8,7 +8,6 @@ nothing half done; a second start of a running stage waits for the first and ret
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib
 import json
 import logging
@@ -206,7 +205,7 @@ def now(stage: Stage) -> str:
 
 
 def _workspace(run: str) -> Path:
-    path = storage.path_of(run) or home() / "var" / "work" / hashlib.sha256(run.encode()).hexdigest()[:16]
+    path = storage.path_of(run) or home() / "var" / "work" / storage.text_digest(run)[:16]
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -228,7 +227,7 @@ def _inputs_digest(stage: Stage, spec: Spec) -> str:
     records = {name: read_result(stage.run, name).record for name in spec.reads}
     outside = _function(spec.fingerprint)(stage) if spec.fingerprint else ""
     text = json.dumps([cv_factory_ops.__version__, stage.name, settings, records, outside], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return storage.text_digest(text)
 
 
 def _stored(stage: Stage, digest: str) -> Result | None:
@@ -246,8 +245,8 @@ def _publish(stage: Stage, result: Result) -> None:
     target = storage.path_of(stage.uri())
     if target is None:
         storage.delete_tree(stage.uri("result.json"))
-        storage.delete_tree(f"{stage.uri()}/")
-        storage.upload_tree(stage.out, f"{stage.run}/{stage.name}", last="result.json")
+        storage.delete_tree(stage.uri())
+        storage.upload_tree(stage.out, stage.uri(), last="result.json")
         return
     if target.exists():
         old = stage.workspace / f".{stage.name}.old"

@@ -164,7 +164,7 @@ def delete_tree(uri: str) -> None:
             path.unlink(missing_ok=True)
         else:
             bucket, key = _bucket_key(uri)
-            for name in list(_s3_names(bucket, key)):
+            for name in ["", *(f"/{below}" for below in _s3_names(bucket, f"{key}/"))]:
                 _s3().delete_object(Bucket=bucket, Key=key + name)
 
 
@@ -182,7 +182,7 @@ def text_digest(text: str) -> str:
 def tree_digest(folder: Path) -> str:
     """SHA-256 over the sorted relative names and SHA-256 digests of a folder's files."""
     lines = [f"{item.relative_to(folder).as_posix()} {sha256(item)}\n" for item in sorted(folder.rglob("*")) if item.is_file()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return text_digest("".join(lines))
 
 
 def _write_file(path: Path, content: bytes) -> None:

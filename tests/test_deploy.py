@@ -17,7 +17,7 @@ import pytest
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import ProjectConfig, load
-from cv_factory_ops.deploy.sagemaker import runtime_client, session
+from cv_factory_ops.deploy.sagemaker import session
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.records import DeployRecord, RegisterRecord, Result, VerifyRecord
 from cv_factory_ops.stage import run_stage
@@ -94,7 +94,7 @@ def test_requests_are_captured_but_not_the_probe_of_verify(config: ProjectConfig
     run = registered(home, "first", bundle)
     deploy(config, run)
     verify(config, run)
-    runtime = runtime_client(config)
+    runtime = session(config).client("sagemaker-runtime")
     runtime.invoke_endpoint(EndpointName="tiny", ContentType="application/x-npy", InferenceId="mine", Body=npy())
     wait_until(lambda: list(captures.read(config)))
     assert [capture.inference_id for capture in captures.read(config)] == ["mine"]

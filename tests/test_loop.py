@@ -184,6 +184,15 @@ def test_the_gate_refuses_what_is_undefined(loop: Loop) -> None:
     record = EvaluateRecord.model_validate(read_result(loop.run, "evaluate").record)
     broken = record.model_copy(update={"metrics": {"accuracy": 1.0}, "champion_version": None})
     assert objections(broken, "t", None, loop.config.gate) == ["auc is undefined on the test set"]
+    run = loop.home / "runs" / "undefined"
+    shutil.copytree(loop.home / "runs" / "first", run, ignore=lambda _, names: [name for name in names if name == "gate"])
+    evaluated = run / "evaluate" / "result.json"
+    result = json.loads(evaluated.read_text())
+    del result["record"]["metrics"]["auc"]
+    evaluated.write_text(json.dumps(result))
+    refused = loop.cvf("gate", "--config", str(loop.path), "--run", str(run))
+    assert refused.returncode == 4, refused.stderr
+    assert "auc undefined" in GateRecord.model_validate_json((run / "gate.refused.json").read_bytes()).summary
 
 
 def test_a_challenger_that_was_compared_with_an_older_champion_is_refused(loop: Loop) -> None:

@@ -42,7 +42,9 @@ def test_a_tree_goes_up_comes_down_and_is_deleted(root: str, tmp_path: Path) -> 
     copy = storage.local(f"{root}/tree", tmp_path / "downloads")
     assert storage.tree_digest(copy) == storage.tree_digest(folder)
     assert storage.local(f"{root}/tree", tmp_path / "downloads") == copy
+    storage.write_bytes(f"{root}/tree2/neighbour", b"x")
     storage.delete_tree(f"{root}/tree")
+    assert storage.exists(f"{root}/tree2/neighbour")
     assert list(storage.listing(f"{root}/tree")) == []
 
 

@@ -85,11 +85,6 @@ def session(config: ProjectConfig) -> Any:
     return aws
 
 
-def runtime_client(config: ProjectConfig) -> Any:
-    """The boto3 ``sagemaker-runtime`` client that the project's endpoint is invoked with."""
-    return session(config).client("sagemaker-runtime")
-
-
 @contextmanager
 def explained(config: ProjectConfig) -> Iterator[None]:
     """Turn what AWS clients raise into one line of ours."""

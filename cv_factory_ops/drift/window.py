@@ -71,11 +71,8 @@ class Window:
 
 def fingerprint(stage: Stage) -> str:
     """A verdict stands; "not enough data" is asked again, as more may have come."""
-    try:
-        found = stage.read(DriftRecord).verdict
-    except DataError:
-        return ""
-    return now(stage) if found == "not enough data" else ""
+    published = _published(stage)
+    return now(stage) if published and published.verdict == "not enough data" else ""
 
 
 def read_window(stage: Stage, bundle_digest: str, kinds: dict[str, Kind]) -> Window:
@@ -142,7 +139,7 @@ def _published(stage: Stage) -> DriftRecord | None:
     """What this run has found before, when it is made to work again."""
     try:
         return stage.read(DriftRecord)
-    except (DataError, ValidationError):
+    except DataError:
         return None
 
 

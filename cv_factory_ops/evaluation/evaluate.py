@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,12 +19,11 @@ from cv_factory_ops.preprocessing.pipeline import prepare
 from cv_factory_ops.records import EvaluateRecord, TrainRecord
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from cv_factory_ops.stage import Stage
 
 SPLITS = ("test", "recent")
 """The locked test set, and held-out newly captured studies."""
+PICTURES = ("confusion_matrix.png", "roc.png")
 
 
 def run(stage: Stage) -> EvaluateRecord:
@@ -40,7 +40,7 @@ def run(stage: Stage) -> EvaluateRecord:
         table = table.merge(rivals, on="id", validate="one_to_one")
         champion_metrics = {split: _metrics(table, split, bundle, "champion") for split in SPLITS}
     table.to_parquet(stage.out / "predictions.parquet", index=False)
-    pictures = _pictures(stage, table, challenger)
+    _draw(stage, table, challenger)
     _log(stage, train.mlflow_run_id, metrics)
     return EvaluateRecord(
         summary=_summary(metrics, champion_metrics),
@@ -54,18 +54,18 @@ def run(stage: Stage) -> EvaluateRecord:
         champion_test_digest=champion.test_digest if champion else None,
         threshold=challenger.manifest.threshold,
         champion_threshold=bundle.manifest.threshold if champion else None,
-        pictures=pictures,
+        pictures=[stage.uri(name) for name in PICTURES],
     )
 
 
 def predict_splits(stage: Stage, bundle: Bundle, who: str) -> pd.DataFrame:
     """Columns ``id``, ``patient``, ``split``, ``label`` and a probability ``<who>_<i>`` for each class."""
-    network, tables = bundle.network(), []
+    network, shards, tables = bundle.network(), stage.local(f"{stage.run}/preprocess"), []
     for split in SPLITS:
-        rows = _rows(stage, split)
-        if rows is None:
+        if not (shards / f"{split}.parquet").exists():
             continue
-        probabilities, _ = infer(network, _images(stage, split, rows, bundle))
+        rows = pd.read_parquet(shards / f"{split}.parquet")
+        probabilities, _ = infer(network, _images(stage, shards / f"{split}.npy", rows, bundle))
         columns = {f"{who}_{i}": probabilities[:, i] for i in range(probabilities.shape[1])}
         tables.append(rows[["id", "patient", "split", "label"]].assign(**columns))
     return pd.concat(tables, ignore_index=True)
@@ -78,16 +78,11 @@ def probabilities_of(table: pd.DataFrame, who: str) -> NDArray[np.float64]:
     return probabilities
 
 
-def _rows(stage: Stage, split: str) -> pd.DataFrame | None:
-    path = stage.local(f"{stage.run}/preprocess") / f"{split}.parquet"
-    return pd.read_parquet(path) if path.exists() else None
-
-
-def _images(stage: Stage, split: str, rows: pd.DataFrame, bundle: Bundle) -> NDArray[np.uint16]:
-    """The split as this bundle wants it: the shards, or the images anew where a champion was prepared otherwise."""
+def _images(stage: Stage, shard: Path, rows: pd.DataFrame, bundle: Bundle) -> NDArray[np.uint16]:
+    """The rows as this bundle wants them: the shard, or the images anew where a champion was prepared otherwise."""
     if bundle.manifest.preprocessing == stage.config.preprocessing:
-        shard: NDArray[np.uint16] = np.load(stage.local(f"{stage.run}/preprocess") / f"{split}.npy", mmap_mode="r")
-        return shard
+        images: NDArray[np.uint16] = np.load(shard, mmap_mode="r")
+        return images
     wanted = dict.fromkeys(rows["id"])
     found = {
         row_id: prepare(image.astype(np.float32) / 65535.0, bundle.manifest.preprocessing)
@@ -102,29 +97,24 @@ def _metrics(table: pd.DataFrame, split: str, bundle: Bundle, who: str) -> dict[
     return classification(rows["label"].to_numpy(), probabilities_of(rows, who), bundle.manifest.threshold)
 
 
-def _pictures(stage: Stage, table: pd.DataFrame, challenger: Bundle) -> list[str]:
+def _draw(stage: Stage, table: pd.DataFrame, challenger: Bundle) -> None:
     test = table[table["split"] == "test"]
     labels, names = test["label"].to_numpy(), challenger.manifest.labels
     curves = {who: probabilities_of(test, who) for who in ("challenger", "champion") if f"{who}_0" in test}
     confusion_picture(stage.out / "confusion_matrix.png", labels, curves["challenger"], challenger.manifest.threshold, names)
     roc_picture(stage.out / "roc.png", labels, curves, names)
-    return [stage.uri(name) for name in ("confusion_matrix.png", "roc.png")]
 
 
 def _log(stage: Stage, run_id: str, metrics: dict[str, dict[str, float]]) -> None:
+    """Metrics and pictures; with them the MLflow run is complete, whatever the gate will say."""
     client = registry.connect(stage.config)
     with registry.explained("evaluation"):
-        _log_to(client, stage, run_id, metrics)
-
-
-def _log_to(client: MlflowClient, stage: Stage, run_id: str, metrics: dict[str, dict[str, float]]) -> None:
-    """Metrics and pictures; with them the run is complete, whatever the gate will say."""
-    for split, values in metrics.items():
-        for name, value in values.items():
-            client.log_metric(run_id, f"{split}_{name}", value)
-    for name in ("confusion_matrix.png", "roc.png"):
-        client.log_artifact(run_id, str(stage.out / name), "evaluation")
-    client.set_terminated(run_id)
+        for split, values in metrics.items():
+            for name, value in values.items():
+                client.log_metric(run_id, f"{split}_{name}", value)
+        for name in PICTURES:
+            client.log_artifact(run_id, str(stage.out / name), "evaluation")
+        client.set_terminated(run_id)
 
 
 def _summary(metrics: dict[str, dict[str, float]], champion: dict[str, dict[str, float]]) -> str:

@@ -27,7 +27,7 @@ def run(stage: Stage) -> GateRecord:
     evaluation, test_digest = stage.read(EvaluateRecord), stage.read(IngestRecord).test_digest
     config = stage.config.gate
     interval = None
-    if evaluation.champion_version is not None:
+    if evaluation.champion_version is not None and config.metric in evaluation.metrics:
         interval = difference_interval(_test_table(stage, evaluation), evaluation, config)
     reasons = objections(evaluation, test_digest, interval, config)
     verdict = _verdict(evaluation, test_digest, interval, reasons, config)
@@ -103,10 +103,11 @@ def _test_table(stage: Stage, evaluation: EvaluateRecord) -> pd.DataFrame:
 def _verdict(
     evaluation: EvaluateRecord, test_digest: str, interval: tuple[float, float] | None, reasons: list[str], config: GateConfig
 ) -> GateRecord:
-    new, old = evaluation.metrics[config.metric], evaluation.champion_metrics.get(config.metric)
+    new, old = (found.get(config.metric) for found in (evaluation.metrics, evaluation.champion_metrics))
+    value = "undefined" if new is None else f"{new:.3f}"
     against = f"champion {old:.3f}, difference at least {interval[0]:+.3f}" if interval else "no champion yet"
     return GateRecord(
-        summary=f"{'refused' if reasons else 'passed'}: {config.metric} {new:.3f} (minimum {config.minimum:g}), {against}",
+        summary=f"{'refused' if reasons else 'passed'}: {config.metric} {value} (minimum {config.minimum:g}), {against}",
         verdict="refused" if reasons else "passed",
         metric=config.metric,
         challenger=new,

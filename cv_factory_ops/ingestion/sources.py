@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import hashlib
 import io
 import json
 import logging
@@ -90,14 +89,14 @@ def fingerprint(stage: Stage) -> str:
     if stage.config.data.include_captures:
         places += [captures.folder(stage.config), f"{stage.config.root}/labels"]
     versions = [list(storage.versions(place)) for place in places]
-    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()
+    return storage.text_digest(json.dumps(versions))
 
 
 def _phantoms(stage: Stage, source: PhantomSource) -> str:
     """URI of the generated studies: made once for the same settings, complete or not there at all."""
     config = stage.config
     settings = [cv_factory_ops.__version__, config.domain, config.labels, source.model_dump(mode="json")]
-    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    name = storage.text_digest(json.dumps(settings))[:16]
     folder = (storage.path_of(config.root) or stage.workspace) / "phantoms"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
