@@ -4,9 +4,14 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Extra arguments for `docker build`, such as another base image: make trainer-image DOCKER_ARGS="--build-arg BASE=..."
+DOCKER_ARGS ?=
+TRAINER_IMAGE ?= cv-factory-trainer:$(VERSION)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REVISION = $(shell git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test lint format docs airflow-db clean
+.PHONY: help install demo up down test trainer-image test-images lint format docs airflow-db clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +38,14 @@ down: install  ## stop what `make up` or `make demo KEEP=1` left running
 
 test: install  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+trainer-image:  ## build the image that runs `cvf <stage>` in a pod
+	docker build $(DOCKER_ARGS) --file docker/trainer.Dockerfile --tag $(TRAINER_IMAGE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
+
+# With KUBECONFIG and a command that copies an image to that cluster, also there: CVF_LOAD_IMAGE="kind load docker-image"
+test-images: install  ## build and test that image with the local Docker engine
+	CVF_TRAINER_IMAGE=$(TRAINER_IMAGE) $(BIN)/python -m pytest tests/test_images.py $(ARGS)
 
 lint: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .

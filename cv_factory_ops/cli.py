@@ -9,12 +9,21 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import cv_factory_ops
-from cv_factory_ops.errors import CvFactoryError, unexpected
+from cv_factory_ops.errors import CvFactoryError, Interrupted, unexpected
+
+GRACE_SECONDS = 1.5
+"""Time in which a stage that gets SIGTERM tidies up."""
+INTERRUPTED = "interrupted; a retry goes on from what is stored"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CvFactoryError as error:
         print(f"cvf {options.name}: {error}", file=sys.stderr)
         return error.exit_code
+    except Interrupted as error:
+        _end_interrupted(options.name, error)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -89,9 +100,14 @@ def _config_arguments(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 def _stage(options: argparse.Namespace) -> int:
     from cv_factory_ops.config import as_uri, load
-    from cv_factory_ops.stage import run_stage
+    from cv_factory_ops.stage import STAGES, assist_stage, node_rank, run_stage
 
-    result = run_stage(options.name, load(options.config, options.set), as_uri(options.run), force=options.force)
+    _end_on_sigterm(options.name)
+    config, run = load(options.config, options.set), as_uri(options.run)
+    if STAGES[options.name].assist and node_rank() > 0:
+        assist_stage(options.name, config, run, force=options.force)
+        return 0
+    result = run_stage(options.name, config, run, force=options.force)
     if not sys.stdout.isatty():
         print(result.model_dump_json())
     return 0
@@ -101,10 +117,42 @@ def _run(options: argparse.Namespace) -> int:
     from cv_factory_ops.config import as_uri, load
     from cv_factory_ops.stage import TRAINING, run_stage
 
+    _end_on_sigterm(options.name)
     config = load(options.config, options.set)
     for name in TRAINING:
         run_stage(name, config, as_uri(options.run), force=options.force)
     return 0
+
+
+def _end_on_sigterm(name: str) -> None:
+    """Make SIGTERM end a stage within seconds: as process 1 of a container it would not even notice it.
+
+    The handler raises in the main thread, which tidies up on its way out. Where a call into C keeps it from running, a thread
+    ends the process all the same: what it has started dies with it, the kernel frees the lock, the next try starts clean.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_end_for_certain, args=(name, reader), daemon=True).start()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not disturb the tidying up
+    raise Interrupted(INTERRUPTED)
+
+
+def _end_for_certain(name: str, signals: int) -> None:
+    while os.read(signals, 1) != bytes([signal.SIGTERM]):
+        pass
+    time.sleep(GRACE_SECONDS)
+    _end_interrupted(name, Interrupted(INTERRUPTED))
+
+
+def _end_interrupted(name: str, error: Interrupted) -> NoReturn:
+    """Leave at once: threads that the stage's libraries have started are not waited for."""
+    print(f"cvf {name}: {error}", file=sys.stderr, flush=True)
+    os._exit(Interrupted.exit_code)
 
 
 def _config_check(options: argparse.Namespace) -> int:

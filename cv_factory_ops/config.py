@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.records import Frozen
@@ -140,8 +141,10 @@ class TrainingConfig(Frozen):
     """Decay of the moving average of the weights that is validated and kept; 0 turns it off."""
     patience: int = Field(default=0, ge=0)
     """Epochs without a better validation AUC before training stops; 0 never stops early."""
-    processes: int = Field(default=2, ge=1)
-    """DDP processes that torchrun starts."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines (pods) that train together; where each stage is a process of this machine, it plays them all."""
+    processes_per_node: int = Field(default=2, ge=1)
+    """DDP processes that torchrun starts on each node; with GPUs, at most one a GPU."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of each process."""
     seed: int = 0
@@ -240,6 +243,166 @@ class ProcessRuntime(Frozen):
     kind: Literal["process"] = "process"
 
 
+class ClaimVolume(Frozen):
+    """A PersistentVolumeClaim of the pods' namespace; for several nodes it must be ``ReadWriteMany``."""
+
+    kind: Literal["claim"] = "claim"
+    claim: str = Field(min_length=1)
+    path: str = Field(pattern="^/.")
+    """Where the pods see it."""
+    sub_path: str = ""
+    read_only: bool = False
+
+
+class HostVolume(Frozen):
+    """A directory of the node's own disk; a ``restricted`` Pod Security policy does not admit it."""
+
+    kind: Literal["host"] = "host"
+    host: str = Field(pattern="^/.")
+    """The directory on the node."""
+    path: str = Field(pattern="^/.")
+    """Where the pods see it."""
+    read_only: bool = False
+
+
+class SecretVolume(Frozen):
+    """The keys of a Secret, as files."""
+
+    kind: Literal["secret"] = "secret"
+    secret: str = Field(min_length=1)
+    path: str = Field(pattern="^/.")
+    """Where the pods see it."""
+
+
+Volume = Annotated[ClaimVolume | HostVolume | SecretVolume, Field(discriminator="kind")]
+
+
+class SecretKey(Frozen):
+    """One key of a Secret of the pods' namespace."""
+
+    secret: str = Field(min_length=1)
+    key: str = Field(min_length=1)
+
+
+class Toleration(Frozen):
+    """A taint that the pods put up with; the fields are Kubernetes' own."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Equal"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    seconds: int | None = None
+    """How long a ``NoExecute`` taint is put up with."""
+
+
+class PodSettings(Frozen):
+    """What a pod of a stage looks like. It runs as a user without rights, on a read-only root file system: a namespace with
+    the Pod Security policy ``restricted`` admits it (but for ``host`` volumes)."""
+
+    image: str = ""
+    """Image with ``cvf`` in it; ``docker/trainer.Dockerfile`` builds one."""
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    image_pull_secrets: list[str] = []
+    requests: dict[str, str] = {"cpu": "1", "memory": "2Gi"}
+    """Resources that the scheduler sets aside for a pod."""
+    limits: dict[str, str] = {}
+    """Resources above which a pod is slowed down (cpu) or killed (memory)."""
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of a pod, asked for as ``nvidia.com/gpu``; a training needs one for each of ``training.processes_per_node``."""
+    node_selector: dict[str, str] = {}
+    tolerations: list[Toleration] = []
+    affinity: dict[str, Any] = {}
+    """Kubernetes' own ``affinity`` object."""
+    priority_class: str | None = None
+    service_account: str | None = None
+    """Service account, for example one with a cloud role. Its token is only mounted when it is named."""
+    run_as_user: int = Field(default=1000, ge=1)
+    run_as_group: int = Field(default=1000, ge=1)
+    fs_group: int | None = Field(default=1000, ge=1)
+    """Group that claims are made writable for; null leaves them as they are."""
+    env: dict[str, str] = {}
+    """Plain variables. Passwords, keys and tokens belong into ``secret_env``."""
+    secret_env: dict[str, SecretKey] = {}
+    """Variables whose value is a key of a Secret."""
+    env_from_secrets: list[str] = []
+    """Secrets whose keys all become variables."""
+    volumes: list[Volume] = []
+    shared_memory: str = "1Gi"
+    """Size of ``/dev/shm``; it counts as memory of the pod."""
+    scratch: str = "20Gi"
+    """Most that a pod may write to ``/tmp``, its only writable place beside the volumes; above it is evicted."""
+    labels: dict[str, str] = {}
+    """Further labels; those of project, stage, DAG and run are always there."""
+    annotations: dict[str, str] = {}
+    grace_seconds: int = Field(default=30, ge=0)
+    """Time between SIGTERM and SIGKILL when a pod is deleted."""
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        if secret := [name for name in env if SECRET_NAME.search(name)]:
+            raise ValueError(f"variables that are no secrets; give {', '.join(secret)} by secret_env")
+        return env
+
+
+SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|CREDENTIAL|PRIVATE|(^|_)KEY$", re.IGNORECASE)
+
+StageName = Literal[
+    "ingest",
+    "preprocess",
+    "train",
+    "evaluate",
+    "gate",
+    "register",
+    "deploy",
+    "verify",
+    "promote",
+    "drift",
+    "decide",
+    "predict",
+]
+
+
+class KubernetesRuntime(Frozen):
+    """Each stage is a pod; a training with ``training.nodes`` is as many pods, and still one task."""
+
+    kind: Literal["kubernetes"] = "kubernetes"
+    pod: PodSettings
+    """The pods of all stages."""
+    stages: dict[StageName, PodSettings] = {}
+    """What is different for the pods of a stage: the fields that are given here replace those of ``pod``."""
+    namespace: str | None = None
+    """Null means the namespace of the Airflow connection, else ``default``."""
+    kubernetes_conn_id: str = "kubernetes_default"
+    """Airflow connection of the cluster; without it ``KUBECONFIG`` or the worker's own cluster."""
+    queue: str | None = None
+    """Kueue LocalQueue that admits the pods of a stage together; null leaves them to the scheduler."""
+    schedule_timeout: int = Field(default=600, ge=1)
+    """Seconds that the pods of a stage may wait for room."""
+    startup_timeout: int = Field(default=600, ge=1)
+    """Seconds from there until all run: pulling the image, mounting the volumes."""
+    gang_patience: int = Field(default=30, ge=1)
+    """Seconds that pods with room wait for the others of their gang, before all are removed and tried again later."""
+    restarts: int = Field(default=3, ge=0)
+    """How often a try of the task starts pods again that were lost (preempted, evicted, drained, out of memory)."""
+    deferrable: bool = True
+    """Wait in the triggerer rather than in a worker's slot; ``airflow dags test`` always waits in the task."""
+
+    @model_validator(mode="after")
+    def _image_given(self) -> KubernetesRuntime:
+        if not self.pod.image:
+            raise ValueError("pod.image: the image that the stages run in")
+        return self
+
+    def pod_of(self, stage: str) -> PodSettings:
+        """The settings of a stage's pods: ``pod``, with what ``stages`` replaces."""
+        own = next((settings for name, settings in self.stages.items() if name == stage), None)
+        return self.pod.model_copy(update={name: getattr(own, name) for name in own.model_fields_set}) if own else self.pod
+
+
+Runtime = Annotated[ProcessRuntime | KubernetesRuntime, Field(discriminator="kind")]
+
+
 class ProjectConfig(Frozen):
     """One project: a model with its data, endpoint, aliases, decisions and DAGs."""
 
@@ -265,7 +428,7 @@ class ProjectConfig(Frozen):
     drift: DriftConfig = DriftConfig()
     decision: DecisionConfig = DecisionConfig()
     batch: BatchConfig = BatchConfig()
-    runtime: ProcessRuntime = ProcessRuntime()
+    runtime: Runtime = ProcessRuntime()
     schedule: ScheduleConfig = ScheduleConfig()
 
     @model_validator(mode="after")
@@ -275,9 +438,14 @@ class ProjectConfig(Frozen):
         return self
 
     @property
+    def storage_uri(self) -> str:
+        """URI of the storage root."""
+        return as_uri(os.environ.get("CVF_STORAGE") or self.storage)
+
+    @property
     def root(self) -> str:
         """URI of the project's directory under the storage root."""
-        return f"{as_uri(os.environ.get('CVF_STORAGE') or self.storage)}/{self.project}"
+        return f"{self.storage_uri}/{self.project}"
 
     @property
     def endpoint_name(self) -> str:

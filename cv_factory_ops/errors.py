@@ -6,6 +6,10 @@
     |   +-- Rejected       3   one item is wrong: it goes to quarantine, the stage goes on
     +-- GateRefused        4   a gate said no: the challenger is not good enough
     +-- Unavailable       75   a service, a disk or a peer is not ready: try again
+        +-- PeerLost      75   another node or rank is gone: its own reason, where there is one, is the one to tell
+
+    BaseException
+    +-- Interrupted       75   SIGTERM: try again
 
 The numbers are part of the stage contract: operators, pods and shell scripts act on them.
 """
@@ -54,6 +58,16 @@ class Unavailable(CvFactoryError):
     """Something outside is not ready (service, disk space, rollout in progress); a retry may succeed."""
 
     exit_code = 75
+
+
+class PeerLost(Unavailable):
+    """Another rank of the training is gone: a consequence, so any other reason is told rather than this one."""
+
+
+class Interrupted(BaseException):
+    """SIGTERM; ``str(error)`` is the line to end with. Not an :class:`Exception`: nothing must take it for its own failure."""
+
+    exit_code: ClassVar[int] = Unavailable.exit_code
 
 
 def unexpected(error: Exception) -> str:

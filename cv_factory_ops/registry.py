@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig, home
-from cv_factory_ops.errors import DataError, GateRefused, Unavailable
+from cv_factory_ops.errors import ConfigError, DataError, GateRefused, Unavailable
 from cv_factory_ops.records import (
     EvaluateRecord,
     GateRecord,
@@ -67,6 +67,8 @@ def connect(config: ProjectConfig) -> MlflowClient:
     try:
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
+    except ImportError as error:
+        raise ConfigError(f"MLflow at {uri.split('@')[-1]}: this Python lacks {error.name or error}") from None
     except Exception as error:
         raise Unavailable(f"MLflow at {uri.split('@')[-1]}: does not answer ({type(error).__name__})") from None
     return client

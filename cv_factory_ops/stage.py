@@ -27,7 +27,7 @@ import cv_factory_ops
 from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig, home
 from cv_factory_ops.domain import Domain, open_domain
-from cv_factory_ops.errors import DataError
+from cv_factory_ops.errors import ConfigError, DataError
 from cv_factory_ops.records import Record, Result
 
 log = logging.getLogger("cvf")
@@ -49,6 +49,9 @@ class Spec:
     """``module:function`` that digests what it reads from outside the run, taking the :class:`Stage`."""
     cleanup: str = ""
     """``module:function`` that is called with the :class:`Stage` once its result is published."""
+    assist: str = ""
+    """``module:function`` that further nodes run instead of ``work``, taking the :class:`Stage` and a function that says
+    whether the result is there already."""
 
 
 STAGES = {
@@ -66,6 +69,7 @@ STAGES = {
         ("ingest", "preprocess"),
         ("project", "domain", "labels", "preprocessing", "model", "training", "mlflow"),
         cleanup="training.train:forget_checkpoint",
+        assist="training.train:assist",
     ),
     "evaluate": Spec(
         "evaluation.evaluate:run", "measure challenger and champion", ("ingest", "preprocess", "train"), ("mlflow",)
@@ -193,9 +197,34 @@ def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False
     return result
 
 
-def _function(name: str) -> Callable[[Stage], Any]:
+def assist_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False) -> None:
+    """Help node 0 with a stage that spans several nodes: node 0 alone holds the lock and publishes the result.
+
+    Raises:
+        CvFactoryError: as :func:`run_stage`.
+    """
+    spec = STAGES[name]
+    stage = Stage(name, config, run, _workspace(run))
+    digest = _inputs_digest(stage, spec)
+    work: Callable[[Stage, Callable[[], bool]], None] = _function(spec.assist)
+    work(stage, lambda: not force and _stored(stage, digest) is not None)
+
+
+def node_rank() -> int:
+    """Which node of a stage that spans several this process is, by torchrun's own variable; node 0 where it is not set.
+
+    Raises:
+        ConfigError: it is not a number.
+    """
+    given = os.environ.get("PET_NODE_RANK", "0")
+    if not given.isdecimal():
+        raise ConfigError(f"PET_NODE_RANK: {given!r} given; allowed: the number of a node, from 0")
+    return int(given)
+
+
+def _function(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    work: Callable[[Stage], Any] = getattr(importlib.import_module(f"cv_factory_ops.{module}"), function)
+    work: Callable[..., Any] = getattr(importlib.import_module(f"cv_factory_ops.{module}"), function)
     return work
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import urllib.parse
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -123,7 +124,7 @@ def upload_file(path: Path, uri: str) -> None:
     with _explained(uri):
         if target := path_of(uri):
             target.parent.mkdir(parents=True, exist_ok=True)
-            draft = target.with_name(f".{target.name}.{os.getpid()}")
+            draft = _draft(target)
             try:
                 with path.open("rb") as source, draft.open("wb") as copy:
                     shutil.copyfileobj(source, copy, 1024 * 1024)
@@ -185,6 +186,11 @@ def tree_digest(folder: Path) -> str:
     return text_digest("".join(lines))
 
 
+def _draft(target: Path) -> Path:
+    """A name beside the target that no other writer has: in two pods, two processes may have the same number."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+
+
 def _write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -201,7 +207,7 @@ def _write_file(path: Path, content: bytes) -> None:
 
 def _download(uri: str, target: Path) -> None:
     bucket, key = _bucket_key(uri)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    draft = _draft(target)
     if exists(uri):
         draft.parent.mkdir(parents=True, exist_ok=True)
         _s3().download_file(bucket, key, str(draft))

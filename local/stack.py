@@ -80,6 +80,15 @@ class Stack:
             self.stop()
             raise
 
+    def restart(self, name: str) -> None:
+        """Start a service that has ended again, and wait until it answers."""
+        self._processes[name].wait()
+        outside, _, inside = self._services()
+        (service,) = [service for service in (*outside, *inside) if service.name == name]
+        self._launch(service)
+        self._record()
+        self._await(time.monotonic(), service)
+
     def stop(self) -> None:
         """Stop everything that belongs to this home."""
         stop(self.home)

@@ -19,7 +19,7 @@ TINY: dict[str, Any] = {
     "splits": {"val": 0.25, "test": 0.25},
     "preprocessing": {"size": 32},
     "model": {"kind": "small_cnn", "width": 4},
-    "training": {"epochs": 2, "batch_size": 8, "processes": 1, "learning_rate": 0.003},
+    "training": {"epochs": 2, "batch_size": 8, "processes_per_node": 1, "learning_rate": 0.003},
     "gate": {"minimum": 0.0, "margin": 1.0, "bootstrap": 100},
 }
 

@@ -159,3 +159,60 @@ def test_unexpected_errors_are_one_line_with_the_place_of_the_traceback(project:
     assert "Traceback" not in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
     assert os.path.exists(home / "run")
+
+
+@pytest.mark.parametrize("as_process_1", [False, True])
+def test_sigterm_ends_a_stage_with_one_line_and_a_retry_finishes(project: Project, home: Path, as_process_1: bool) -> None:
+    stopped, stage = start_long_ingest(project, home, as_process_1)
+    os.kill(stage, signal.SIGTERM)
+    _, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, errors
+    assert errors.splitlines()[-1] == "cvf ingest: interrupted; a retry goes on from what is stored"
+    assert "Traceback" not in errors
+    assert not (home / "run" / "ingest").exists()
+    assert not (home / "run" / ".ingest.work").exists()
+    retried = cvf("ingest", "--config", project(), "--run", home / "run")
+    assert retried.returncode == 0, retried.stderr
+
+
+def test_sigint_ends_a_stage_without_a_word(project: Project, home: Path) -> None:
+    stopped, stage = start_long_ingest(project, home, as_process_1=False)
+    os.kill(stage, signal.SIGINT)
+    _, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130
+    assert "Traceback" not in errors
+    assert not (home / "run" / "ingest").exists()
+
+
+def test_sigterm_ends_a_stage_that_a_call_into_c_keeps_from_listening() -> None:
+    code = (
+        "import hashlib, cv_factory_ops.cli as cli\n"
+        "cli._end_on_sigterm('ingest')\n"
+        "while True:\n"
+        "    try: print('ready', flush=True), hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+        "    except BaseException: pass"
+    )
+    busy = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert busy.stdout is not None
+    busy.stdout.readline()
+    busy.terminate()
+    _, errors = busy.communicate(timeout=60)
+    assert busy.returncode == 75
+    assert errors == "cvf ingest: interrupted; a retry goes on from what is stored\n"
+
+
+def start_long_ingest(project: Project, home: Path, as_process_1: bool) -> tuple[subprocess.Popen[str], int]:
+    """An ingest that takes a while, at work, and its process id; as process 1 of a namespace of its own, as in a container."""
+    path = project(data={"source": {"kind": "phantoms", "patients": 400, "image_size": 128, "seed": 1}})
+    command = [sys.executable, "-m", "cv_factory_ops.cli", "ingest", "--config", str(path), "--run", str(home / "run")]
+    if as_process_1:
+        if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
+            pytest.skip("a process namespace needs root")
+        command = ["unshare", "--pid", "--fork", *command]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (home / "run" / ".ingest.work").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+    return started, int(children[0]) if as_process_1 else started.pid

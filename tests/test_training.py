@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +21,12 @@ import torch
 from cv_factory_ops import registry, storage
 from cv_factory_ops.bundle import Bundle, unpack
 from cv_factory_ops.config import AugmentConfig, ProjectConfig, load
-from cv_factory_ops.errors import ConfigError
+from cv_factory_ops.errors import ConfigError, Unavailable
 from cv_factory_ops.models import build
 from cv_factory_ops.predictor import infer
 from cv_factory_ops.records import PreprocessRecord, TrainRecord
-from cv_factory_ops.stage import read_result, run_stage
+from cv_factory_ops.stage import assist_stage, read_result, run_stage
+from cv_factory_ops.training import gang
 from cv_factory_ops.training.data import augment
 from cv_factory_ops.training.release import fit_pca
 
@@ -32,7 +35,7 @@ Project = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with ``ingest`` and ``preprocess`` done, in the folder ``run`` of a home."""
+    """A run with ``ingest`` and ``preprocess`` done, in the folder ``run`` of a home with an empty MLflow."""
     import yaml
 
     from tests.conftest import TINY
@@ -43,6 +46,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("ingest", "preprocess"):
         command = [sys.executable, "-m", "cv_factory_ops.cli", stage, "--config", home / "project.yaml", "--run", home / "run"]
         subprocess.run(command, check=True, env=environment, capture_output=True)
+    code = f"from cv_factory_ops import config, registry; registry.connect(config.load({str(home / 'project.yaml')!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
     return home
 
 
@@ -50,16 +55,26 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(prepared: Path, home: Path) -> str:
     """A copy of the prepared run for one test."""
     shutil.copytree(prepared / "run", home / "run")
+    shutil.copytree(prepared / "var" / "mlflow", home / "var" / "mlflow")
     for name in ("ingest", "preprocess"):
         path = home / "run" / name / "result.json"
         path.write_text(path.read_text().replace(str(prepared), str(home)))
     return (home / "run").as_uri()
 
 
-def start_training(path: Path, run: str, *settings: str) -> subprocess.Popen[str]:
-    overrides = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "cv_factory_ops.cli", "train", "--config", str(path), "--run", run, *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_training(path: Path, run: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cv_factory_ops.cli", "train", "--config", str(path), "--run", run]
+    given = os.environ | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given)
+
+
+def start_node(rank: int, path: Path, run: str, launch: str, **environment: str) -> subprocess.Popen[str]:
+    """A node as a pod would start it."""
+    return start_training(path, run, PET_NODE_RANK=str(rank), CVF_GANG=launch, **environment)
+
+
+def last_line(errors: str) -> str:
+    return errors.strip().splitlines()[-1]
 
 
 def weights(home: Path) -> str:
@@ -73,6 +88,16 @@ def wait_for(path: Path, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+def wait_for_an_epoch(home: Path) -> None:
+    """Until a checkpoint is written that is not there yet."""
+    checkpoint = home / "run" / "checkpoints" / "last.pt"
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+        assert time.monotonic() < deadline, "no epoch has ended"
+        time.sleep(0.02)
+
+
 def mlflow_runs(config: ProjectConfig, run: str) -> list[str]:
     client = registry.connect(config)
     experiment = client.get_experiment_by_name(config.project)
@@ -81,7 +106,7 @@ def mlflow_runs(config: ProjectConfig, run: str) -> list[str]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_training_leaves_a_bundle_and_repeats_itself_exactly(project: Project, home: Path, run: str, processes: int) -> None:
-    path = project(training={"epochs": 2, "batch_size": 8, "processes": processes, "ema": 0.9, "class_weights": True})
+    path = project(training={"epochs": 2, "batch_size": 8, "processes_per_node": processes, "ema": 0.9, "class_weights": True})
     done = start_training(path, run)
     output, errors = done.communicate(timeout=300)
     assert done.returncode == 0, errors
@@ -99,7 +124,7 @@ def test_a_training_leaves_a_bundle_and_repeats_itself_exactly(project: Project,
 
 
 def test_kill_9_and_a_retry_end_with_the_same_weights_and_one_mlflow_run(project: Project, home: Path, run: str) -> None:
-    settings = {"epochs": 5, "batch_size": 4, "processes": 2}
+    settings = {"epochs": 5, "batch_size": 4, "processes_per_node": 2}
     path = project(training=settings)
     killed = start_training(path, run)
     wait_for(home / "run" / "checkpoints" / "last.pt")
@@ -119,10 +144,10 @@ def test_kill_9_and_a_retry_end_with_the_same_weights_and_one_mlflow_run(project
 
 
 def test_a_killed_rank_ends_the_others_and_may_be_tried_again(project: Project, home: Path, run: str) -> None:
-    path = project(training={"epochs": 500, "batch_size": 4, "processes": 2})
+    path = project(training={"epochs": 500, "batch_size": 4, "processes_per_node": 2})
     training = start_training(path, run)
     wait_for(home / "run" / "checkpoints" / "last.pt")
-    ranks = [int(pid) for pid in _children(training.pid)]
+    ranks = _children(training.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     _, errors = training.communicate(timeout=120)
@@ -131,27 +156,190 @@ def test_a_killed_rank_ends_the_others_and_may_be_tried_again(project: Project, 
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
-def test_sigterm_stops_all_ranks_and_may_be_tried_again(project: Project, home: Path, run: str) -> None:
-    training = start_training(project(training={"epochs": 500, "batch_size": 4, "processes": 2}), run)
-    wait_for(home / "run" / "checkpoints" / "last.pt")
-    ranks = _children(training.pid)
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (1, "cvf train: interrupted; a retry goes on from the last finished epoch"),
+        (2, "cvf train: interrupted; a retry goes on from"),  # on a busy machine, the process ends before its children have
+    ],
+)
+def test_sigterm_stops_all_ranks_of_all_nodes_and_may_be_tried_again(
+    project: Project, home: Path, run: str, nodes: int, said: str
+) -> None:
+    settings = {"epochs": 500, "batch_size": 4, "nodes": nodes, "processes_per_node": 2 // nodes}
+    training = start_training(project(training=settings), run)
+    wait_for_an_epoch(home)
+    below = _descendants(training.pid)
+    assert len(below) == 2 + (nodes - 1)
     training.terminate()
     _, errors = training.communicate(timeout=120)
     assert training.returncode == 75, errors
-    assert "goes on from the last finished epoch" in errors
+    assert last_line(errors).startswith(said)
     assert "Traceback" not in errors
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    _wait_until_gone(below)
+    assert not (home / "run" / "train").exists()
+    assert not (home / "run" / ".train.work").exists()
+
+
+def test_a_gang_that_is_killed_again_and_again_ends_with_the_weights_of_one_undisturbed_node(
+    project: Project, home: Path, run: str
+) -> None:
+    settings = {"epochs": 15, "batch_size": 4, "processes_per_node": 1}
+    path = project(training={**settings, "nodes": 2})
+    for victim, reason in [
+        ("node 1", "cvf train: node 1: was ended by SIGKILL; a retry goes on from the last finished epoch"),
+        ("rank 1", "cvf train: node 1: rank 1 was ended by SIGKILL; a retry goes on from the last finished epoch"),
+        ("node 0", ""),
+    ]:
+        training = start_training(path, run)
+        wait_for_an_epoch(home)
+        below = _descendants(training.pid)
+        (node,) = [pid for pid in _children(training.pid) if b"cv_factory_ops.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill({"node 0": training.pid, "node 1": int(node), "rank 1": int(_children(int(node))[0])}[victim], signal.SIGKILL)
+        _, errors = training.communicate(timeout=120)
+        if victim != "node 0":
+            assert training.returncode == 75, errors
+            assert last_line(errors) == reason, errors
+        _wait_until_gone(below)
+    finished = start_training(path, run)
+    output, errors = finished.communicate(timeout=300)
+    assert finished.returncode == 0, errors
+    assert re.search(r"\[rank 0\] goes on after epoch \d", errors)
+    assert re.search(r"\[rank 1\] goes on after epoch \d", errors)
+    record = json.loads(output)["record"]
+    assert record["world_size"] == 2
+    assert mlflow_runs(load(path), run) == [record["mlflow_run_id"]]
+    assert list((home / "run" / "rendezvous").iterdir()) == []
+    resumed = weights(home)
+    run_stage("train", load(project(training={**settings, "nodes": 1, "processes_per_node": 2})), run)
+    assert weights(home) == resumed
+
+
+def test_nodes_that_share_only_s3_train_together_and_know_when_nothing_has_changed(
+    project: Project, home: Path, run: str, bucket: str
+) -> None:
+    for result in (home / "run").glob("*/result.json"):
+        result.write_text(result.read_text().replace(run, f"s3://{bucket}/run"))
+    storage.upload_tree(home / "run", f"s3://{bucket}/run")
+    run = f"s3://{bucket}/run"
+    path = project(training={"epochs": 2, "batch_size": 8, "nodes": 2, "processes_per_node": 1})
+    own = {"POD_IP": _outward_address()}
+    first, second = start_node(0, path, run, "a", **own), start_node(1, path, run, "a", CVF_HOME=str(home / "1"), **own)
+    output, errors = first.communicate(timeout=300)
+    assert first.returncode == 0, errors
+    assert second.communicate(timeout=60)[0] == ""
+    assert second.returncode == 0
+    record = TrainRecord.model_validate(json.loads(output)["record"])
+    assert record.world_size == 2
+    assert storage.exists(f"{record.bundle}/model.safetensors")
+    assert list(storage.listing(f"{run}/rendezvous")) == []
+
+    again = [start_node(rank, path, run, "b", CVF_HOME=str(home / str(rank))) for rank in (1, 0)]
+    outputs = [node.communicate(timeout=60) for node in again]
+    assert [node.returncode for node in again] == [0, 0]
+    assert "nothing has changed: node 1 is not needed" in outputs[0][1]
+    assert json.loads(outputs[1][0])["record"] == record.model_dump(mode="json")
+
+    (shard,) = (home / "1").rglob("train.npy")
+    shard.write_bytes(b"damaged on this node alone")
+    path = project(training={"epochs": 3, "batch_size": 8, "nodes": 2, "processes_per_node": 1})
+    broken = [start_node(0, path, run, "c"), start_node(1, path, run, "c", CVF_HOME=str(home / "1"))]
+    reasons = [node.communicate(timeout=120)[1] for node in broken]
+    assert [node.returncode for node in broken] == [1, 1]
+    assert last_line(reasons[0]).startswith("cvf train: node 1: unexpected ValueError; details in ")
+
+
+def test_nodes_on_a_shared_folder_end_together_when_one_is_killed(project: Project, home: Path, run: str) -> None:
+    path = project(training={"epochs": 500, "batch_size": 4, "nodes": 2, "processes_per_node": 1})
+    second, first = start_node(1, path, run, "first"), start_node(0, path, run, "first")
+    wait_for_an_epoch(home)
+    first.kill()
+    first.communicate()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 75
+    assert last_line(errors).startswith("cvf train: lost a peer: ")
+
+
+def test_nodes_on_a_shared_folder_end_together_when_one_is_stopped(project: Project, home: Path, run: str) -> None:
+    path = project(training={"epochs": 500, "batch_size": 4, "nodes": 2, "processes_per_node": 1})
+    second, first = start_node(1, path, run, "pod-uid"), start_node(0, path, run, "pod-uid")
+    wait_for_an_epoch(home)
+    assert json.loads((home / "run" / "rendezvous" / "pod-uid.json").read_text())["address"] == "127.0.0.1"
+    second.terminate()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 75
+    assert last_line(errors) == "cvf train: interrupted; a retry goes on from the last finished epoch"
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 75
+    assert last_line(errors) == "cvf train: node 1: interrupted; a retry goes on from the last finished epoch"
+    assert "Traceback" not in errors
+    assert not (home / "run" / "rendezvous" / "pod-uid.json").exists()
+
+
+def test_a_node_that_waits_for_a_peer_is_told_when_that_gives_up(
+    project: Project, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = project(training={"nodes": 2, "processes_per_node": 1})
+    wrong = start_node(1, path, run, "g", POD_IP="203.0.113.9")
+    monkeypatch.setenv("PET_NODE_RANK", "0")
+    monkeypatch.setenv("CVF_GANG", "g")
+    with pytest.raises(ConfigError, match=r"node 1: POD_IP: '203\.0\.113\.9' given; allowed: an address of this machine"):
+        run_stage("train", load(path), run)
+    wrong.communicate(timeout=60)
+    assert wrong.returncode == 2
+
+
+def test_a_node_whose_first_node_never_comes_may_be_tried_again(
+    project: Project, home: Path, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gang, "PATIENCE_SECONDS", 1)
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    monkeypatch.setenv("CVF_GANG", "g")
+    with pytest.raises(Unavailable, match="node 0 of 2 has not come within 1 s; a retry may find it"):
+        assist_stage("train", load(project(training={"nodes": 2})), run)
+    assert not (home / "run" / ".train.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PET_NODE_RANK": "two"}, "PET_NODE_RANK: 'two' given; allowed: the number of a node, from 0"),
+        ({"PET_NODE_RANK": "2", "CVF_GANG": "g"}, "PET_NODE_RANK: 2 given; allowed: below training.nodes, which is 2"),
+        ({"PET_NODE_RANK": "1"}, "CVF_GANG: '' given; allowed: an id of this launch of all nodes"),
+        ({"PET_NODE_RANK": "1", "CVF_GANG": "../g"}, "CVF_GANG: '../g' given; allowed: an id of this launch of all nodes"),
+    ],
+)
+def test_a_wrong_environment_of_a_node_is_one_line(project: Project, run: str, environment: dict[str, str], said: str) -> None:
+    failed = start_training(project(training={"nodes": 2}), run, **environment)
+    _, errors = failed.communicate(timeout=60)
+    assert failed.returncode == 2
+    assert errors.startswith(f"cvf train: {said}")
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("failures", "cause"),
+    [
+        (["PeerLost", "CvFactoryError", "ConfigError"], "ConfigError"),
+        (["PeerLost", "CvFactoryError"], "CvFactoryError"),
+        (["PeerLost"], "PeerLost"),
+    ],
+)
+def test_a_lost_peer_is_told_only_where_nothing_else_is_known(failures: list[str], cause: str) -> None:
+    found = gang.first_cause(gang.Failure(error=error, message="why") for error in failures)
+    assert found is not None
+    assert type(found.as_error()).__name__ == cause
 
 
 def test_a_non_finite_gradient_stops_all_ranks_with_one_line(project: Project, home: Path, run: str) -> None:
-    path = project(training={"epochs": 3, "batch_size": 4, "processes": 2, "learning_rate": 1e30})
+    path = project(training={"epochs": 3, "batch_size": 4, "processes_per_node": 2, "learning_rate": 1e30})
     with pytest.raises(ConfigError, match=r"non-finite in epoch 1; lower training.learning_rate \(now 1e\+30\)"):
         run_stage("train", load(path), run)
     assert not (home / "run" / "train").exists()
 
 
 def test_training_stops_early_when_validation_no_longer_improves(project: Project, run: str) -> None:
-    path = project(training={"epochs": 60, "batch_size": 8, "processes": 1, "patience": 2, "learning_rate": 0.01})
+    path = project(training={"epochs": 60, "batch_size": 8, "processes_per_node": 1, "patience": 2, "learning_rate": 0.01})
     record = TrainRecord.model_validate(run_stage("train", load(path), run).record)
     assert record.epochs < 60
     assert record.epochs == record.best_epoch + 2
@@ -232,5 +420,34 @@ def test_shards_are_the_prepared_images_in_the_order_of_their_rows(run: str, hom
     assert record.std == pytest.approx(train.std())
 
 
-def _children(pid: int) -> list[str]:
-    return subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
+
+
+def _descendants(pid: int) -> list[int]:
+    return [found for child in _children(pid) for found in (child, *_descendants(child))]
+
+
+def _wait_until_gone(pids: list[int], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(_lives, pids)):
+        assert time.monotonic() < deadline, "a process has outlived its launcher"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process still runs; one that has ended may wait in the table for init."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _outward_address() -> str:
+    """An address of this machine that is not the loopback's, as a pod has; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unused:
+        try:
+            unused.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(unused.getsockname()[0])

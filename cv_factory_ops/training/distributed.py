@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
+
+from cv_factory_ops.errors import ConfigError
+from cv_factory_ops.training.gang import die_with_launcher
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others: rank 0 writes the checkpoint meanwhile. A rank that has died is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,41 @@ class World:
 
 @contextmanager
 def join() -> Iterator[World]:
-    """Join the process group that torchrun describes: NCCL where there are GPUs, gloo elsewhere."""
-    _die_with_parent()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
-    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+    """Join the process group that torchrun describes: NCCL where there are GPUs, gloo elsewhere.
+
+    A rank that fails does not leave the group in order: the others would learn of it before its reason is written, and with
+    NCCL it might wait for them.
+
+    Raises:
+        ConfigError: there is no GPU left for this rank.
+    """
+    die_with_launcher()
+    device = own_device()
+    gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=device if gpu else None)
+    yield World(dist.get_rank(), dist.get_world_size(), device)
+    dist.destroy_process_group()
+
+
+def own_device() -> torch.device:
+    """The GPU of this rank, the CPU on a machine without any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"training.processes_per_node: {os.environ['LOCAL_WORLD_SIZE']} given, this machine has {gpus} "
+            f"GPU{'s' if gpus > 1 else ''}; allowed: at most one process a GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a call failed because another rank is gone; gloo and torch's stores only say so in words."""
+    said = r"connection (closed|reset|refused)|broken pipe|timed? ?out|failed to (recv|send)|connectFullMesh"
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and re.search(said, str(error), re.IGNORECASE) is not None
+    )
 
 
 def gather_rows(rows: NDArray[np.float32], total: int, world: World) -> NDArray[np.float32]:
@@ -70,12 +100,3 @@ def share_buffers(network: nn.Module) -> None:
     """Give all ranks rank 0's buffers (batch-norm statistics), so that all ranks validate the same network."""
     for buffer in network.buffers():
         dist.broadcast(buffer, 0)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this rank when the launcher dies, however it dies: a retry must not meet a survivor."""
-    if sys.platform == "linux":
-        launcher = int(os.environ["CVF_LAUNCHER_PID"])
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != launcher:  # it died before it could be asked
-            os.kill(os.getpid(), signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cv_factory_ops import registry, storage
-from cv_factory_ops.errors import CvFactoryError, unexpected
+from cv_factory_ops.errors import CvFactoryError, PeerLost, Unavailable, unexpected
 from cv_factory_ops.models import build
 from cv_factory_ops.training import checkpoint
 from cv_factory_ops.training.data import Shard
-from cv_factory_ops.training.distributed import World, join
+from cv_factory_ops.training.distributed import World, join, lost_peer, sum_over_ranks
+from cv_factory_ops.training.gang import Failure
 from cv_factory_ops.training.loop import Trainer
-from cv_factory_ops.training.train import Assignment, Failure, Outcome
+from cv_factory_ops.training.train import Assignment, Outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,7 +31,9 @@ log = logging.getLogger("cvf")
 
 def main(path: str) -> int:
     """Train as this rank; returns the exit code."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the launcher ends its ranks
+    layout = f"%(asctime)s [rank {os.environ['RANK']}] %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=layout, datefmt="%H:%M:%S")
     assignment = Assignment.model_validate_json(Path(path).read_bytes())
     try:
         with join() as world:
@@ -39,13 +43,14 @@ def main(path: str) -> int:
     except CvFactoryError as error:
         return _report(assignment, error)
     except Exception as error:
-        return _report(assignment, CvFactoryError(unexpected(error)))
+        lost = PeerLost(f"lost a peer: {str(error).splitlines()[0]}") if lost_peer(error) else None
+        return _report(assignment, lost or CvFactoryError(unexpected(error)))
     return 0
 
 
 def _report(assignment: Assignment, error: CvFactoryError) -> int:
     """Leave the reason for the launcher, in a file of this rank; returns the exit code."""
-    failure = Failure(error=type(error).__name__, message=str(error))
+    failure = Failure.of(error)
     with contextlib.suppress(OSError):  # the disk is full: the exit code has to do
         assignment.failure(int(os.environ["RANK"])).write_text(failure.model_dump_json(), encoding="utf-8")
     return error.exit_code
@@ -60,13 +65,22 @@ def work(assignment: Assignment, world: World) -> None:
     trainer = Trainer(network, train, val, config.training, world)
     if state := checkpoint.load(assignment.checkpoint, assignment.inputs_digest):
         trainer.load_state(state)
-        log.info("rank %d: goes on after epoch %d", world.rank, trainer.progress.epoch)
+        log.info("goes on after epoch %d", trainer.progress.epoch)
+    _agree_on_epoch(trainer, world)
     if not world.first:
         trainer.fit(lambda metrics: None)
         return
     journal = Journal(assignment)
+    log.info("%d images, %d steps an epoch, %d ranks on %s", len(train), trainer.steps, world.size, world.device.type)
     trainer.fit(lambda metrics: journal.epoch(trainer, metrics))
     journal.finish(trainer)
+
+
+def _agree_on_epoch(trainer: Trainer, world: World) -> None:
+    """Nodes that share a volume may see an older checkpoint for a while: training on from it would mix two epochs."""
+    epoch = trainer.progress.epoch
+    if sum_over_ranks([epoch, epoch**2], world) != [world.size * epoch, world.size * epoch**2]:
+        raise Unavailable("the ranks have read checkpoints of different epochs; a retry reads them again")
 
 
 class Journal:

@@ -15,12 +15,13 @@ import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-from cv_factory_airflow import run_uri
+from cv_factory_airflow import run_uri, stored
 from cv_factory_airflow.links import DriftReportLink, MlflowRunLink
 from cv_factory_ops.config import ProjectConfig, as_uri, home, load
 from cv_factory_ops.errors import ConfigError, DataError, GateRefused
@@ -28,6 +29,8 @@ from cv_factory_ops.records import Result
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
+
+    from cv_factory_airflow.pods import StagePods
 
 NO_RETRY = {error.exit_code for error in (ConfigError, DataError, GateRefused)}
 GRACE_SECONDS = 10
@@ -41,7 +44,7 @@ class StageOperator(BaseOperator):
     :param data: replaces ``data.source.path``; empty keeps the project's own
     :param overrides: further settings as a JSON object, ``{"training.epochs": 3}``
     :param settings: settings that the DAG itself fixes; ``overrides`` win over them
-    :param runtime: where the stage runs; ``process`` is this machine
+    :param runtime: where the stage runs: ``process`` is this machine, ``kubernetes`` the pods of the project's ``runtime``
     :param aws_conn_id: Airflow connection whose AWS credentials the stage's process is given
     """
 
@@ -49,6 +52,7 @@ class StageOperator(BaseOperator):
     template_fields: Sequence[str] = ("config", "run", "data", "overrides", "runtime")
     ui_color = "#e3eefa"
     _process: subprocess.Popen[bytes] | None = None
+    _pods: StagePods | None = None
 
     def __init__(
         self,
@@ -72,15 +76,22 @@ class StageOperator(BaseOperator):
         self.aws_conn_id = aws_conn_id
 
     def execute(self, context: Context) -> dict[str, Any]:
-        arguments = self._arguments(context)
         match self.runtime:
             case "process":
-                return self._run_process(arguments).record
+                return self._run_process(self._arguments(context)).record
+            case "kubernetes":
+                return self._run_pods(context)
             case other:
-                raise AirflowFailException(f"runtime: {other!r} given; allowed: process")
+                raise AirflowFailException(f"runtime: {other!r} given; allowed: process, kubernetes")
+
+    def trigger_reentry(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+        """Go on when the triggerer has seen the pods end."""
+        return self._run_pods(context, event)
 
     def on_kill(self) -> None:
         """Stop the stage and everything that it started: politely first, then for certain."""
+        if self._pods is not None:
+            return self._pods.on_kill()
         if (process := self._process) is None:
             return
         _signal_group(process, signal.SIGTERM)
@@ -91,10 +102,40 @@ class StageOperator(BaseOperator):
     def _arguments(self, context: Context) -> list[str]:
         settings = form_settings(self.data, self.overrides, self.settings)
         file, project = load_project(self.config, settings)
-        dag_run = context["dag_run"]
-        run = as_uri(self.run) if self.run else run_uri(project.root, dag_run.dag_id, dag_run.run_id)
         overrides = [part for setting in settings for part in ("--set", setting)]
-        return [self.stage, "--config", file, "--run", run, *overrides]
+        return [self.stage, "--config", file, "--run", self._run_of(project, context), *overrides]
+
+    def _run_of(self, project: ProjectConfig, context: Context) -> str:
+        dag_run = context["dag_run"]
+        return as_uri(self.run) if self.run else run_uri(project.root, dag_run.dag_id, dag_run.run_id)
+
+    def _run_pods(self, context: Context, event: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The same command in pods; the record is read from the storage, where the stage has published it."""
+        from cv_factory_airflow.pods import StageEnded, StagePods
+
+        settings = form_settings(self.data, self.overrides, self.settings)
+        file, project = load_project(self.config, settings)
+        if project.runtime.kind != "kubernetes":
+            raise AirflowFailException("runtime: 'kubernetes' given; runtime.pod of the project must say what pods look like")
+        run = self._run_of(project, context)
+        try:
+            self._pods = StagePods(
+                stage=self.stage,
+                project=project,
+                yaml=Path(file).read_text(encoding="utf-8"),
+                run=run,
+                settings=settings,
+                context=context,
+                task_id=self.task_id,
+                execution_timeout=self.execution_timeout,
+            )
+            self._pods.run(context, event)
+        except ConfigError as error:
+            raise AirflowFailException(str(error)) from None
+        except StageEnded as ended:
+            raise self._failure(ended.code, ended.lines) from None
+        content = stored(f"{run}/{self.stage}/result.json").read_text()
+        return Result.model_validate_json(content).record
 
     def _run_process(self, arguments: list[str]) -> Result:
         """The stage writes to files, not pipes: a dead worker must not break the pipe of a living stage."""

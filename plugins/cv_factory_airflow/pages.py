@@ -19,8 +19,9 @@ from airflow.api_fastapi.core_api.security import GetUserDep
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse
 
+from cv_factory_airflow import stored
 from cv_factory_airflow.links import report_page
-from cv_factory_airflow.projects import projects, stored
+from cv_factory_airflow.projects import projects
 from cv_factory_ops.config import ProjectConfig
 
 DECISIONS_SHOWN = 20

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from typing import Any
 
 from airflow.sdk import CronTriggerTimetable, Param, chain
 
@@ -25,9 +24,6 @@ from cv_factory_airflow.operators import (
 )
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.errors import ConfigError
-
-if TYPE_CHECKING:
-    from airflow.sdk import ObjectStoragePath
 
 
 def configs_folder() -> Path:
@@ -114,14 +110,6 @@ def training_stages(settings: Mapping[str, Any] | None = None) -> None:
     )
 
 
-def stored(uri: str) -> ObjectStoragePath:
-    """An object of the storage, ``file://`` or ``s3://``; S3 uses the connection that ``CVF_AWS_CONN_ID`` names."""
-    from airflow.sdk import ObjectStoragePath
-
-    path = unquote(uri) if uri.startswith("file://") else uri
-    return ObjectStoragePath(path, conn_id=os.environ.get("CVF_AWS_CONN_ID"))
-
-
 def _params(path: Path, config: ProjectConfig) -> dict[str, Param]:
     return {
         "config": Param(str(path), type="string", title="Project", description="The project's YAML file"),
@@ -134,9 +122,9 @@ def _params(path: Path, config: ProjectConfig) -> dict[str, Param]:
         "runtime": Param(
             config.runtime.kind,
             type="string",
-            enum=["process"],
+            enum=list(dict.fromkeys(["process", config.runtime.kind])),
             title="Runtime",
-            description="Where the stages run: process is the Airflow worker's machine",
+            description="Where the stages run: process is the Airflow worker's machine, kubernetes the project's pods",
         ),
         "overrides": Param(
             {},

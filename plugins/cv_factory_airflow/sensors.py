@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseSensorOperator
 
-from cv_factory_airflow import run_uri
+from cv_factory_airflow import run_uri, stored
 from cv_factory_airflow.operators import form_settings, load_project
-from cv_factory_airflow.projects import stored
 
 if TYPE_CHECKING:
     from airflow.sdk import Context, ObjectStoragePath

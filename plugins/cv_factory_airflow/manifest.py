@@ -1,0 +1,189 @@
+"""From a project's ``PodSettings`` to the manifest of a pod, in Kubernetes' own words.
+
+The pod gets the project's YAML as one of its annotations, mounted as a file: it needs no checkout, no ConfigMap and no
+right to ask the cluster for anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any, assert_never
+from urllib.parse import unquote, urlsplit
+
+from airflow.providers.cncf.kubernetes.pod_generator import make_safe_label_value
+
+from cv_factory_ops.config import (
+    ClaimVolume,
+    HostVolume,
+    KubernetesRuntime,
+    LocalDeploy,
+    PodSettings,
+    ProjectConfig,
+    SecretVolume,
+    Toleration,
+    Volume,
+)
+from cv_factory_ops.errors import ConfigError
+
+PROJECT_FOLDER = "/etc/cv-factory"
+PROJECT_FILE = f"{PROJECT_FOLDER}/project.yaml"
+"""Where a pod finds its project."""
+LABEL = "cv-factory/"
+"""Prefix of our labels and annotations."""
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+
+
+def manifest(
+    project: ProjectConfig,
+    runtime: KubernetesRuntime,
+    stage: str,
+    name: str,
+    command: list[str],
+    yaml: str,
+    owner: dict[str, str],
+) -> dict[str, Any]:
+    """The pod of a stage, or of the first node of a training.
+
+    :param name: name of the pod; those of further nodes are made of it
+    :param command: what the container runs
+    :param yaml: the project's file
+    :param owner: ``dag`` and ``run``, for the labels that costs are told apart by
+    """
+    pod = runtime.pod_of(stage)
+    about = {"project": project.project, "stage": stage, **owner, "gang": name, "node": "0"}
+    labels = pod.labels | {f"{LABEL}{key}": make_safe_label_value(value) for key, value in about.items()}
+    annotations = pod.annotations | {f"{LABEL}project": yaml}
+    if runtime.queue:
+        labels[QUEUE_LABEL] = runtime.queue
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": runtime.namespace, "labels": labels, "annotations": annotations},
+        "spec": {
+            "restartPolicy": "Never",
+            "containers": [_container(project, pod, stage, command)],
+            "securityContext": _pod_security(pod),
+            "imagePullSecrets": [{"name": secret} for secret in pod.image_pull_secrets],
+            "nodeSelector": pod.node_selector,
+            "tolerations": [_toleration(toleration) for toleration in pod.tolerations],
+            "affinity": pod.affinity,
+            "priorityClassName": pod.priority_class,
+            "serviceAccountName": pod.service_account,
+            "automountServiceAccountToken": pod.service_account is not None,
+            "enableServiceLinks": False,
+            "terminationGracePeriodSeconds": pod.grace_seconds,
+            "volumes": [*_own_volumes(pod), *(_volume(number, volume) for number, volume in enumerate(pod.volumes))],
+        },
+    }
+
+
+def require_reachable(project: ProjectConfig, runtime: KubernetesRuntime, stage: str, run: str) -> None:
+    """Refuse what a pod could not see: files that lie on none of its volumes, servers of another machine's loopback.
+
+    Raises:
+        ConfigError: with one line that says what to set.
+    """
+    pod = runtime.pod_of(stage)
+    if (parts := urlsplit(run)).scheme == "file" and not _on_a_volume(unquote(parts.path), pod):
+        raise ConfigError(
+            f"storage: {run} lies on no volume of the pods; set storage to s3://... or mount it by runtime.pod.volumes"
+        )
+    elsewhere = "MLFLOW_TRACKING_URI" in pod.secret_env or pod.env_from_secrets
+    tracking = pod.env.get("MLFLOW_TRACKING_URI") or ("" if elsewhere else project.mlflow.tracking_uri)
+    if tracking.startswith("sqlite:") and not _on_a_volume(tracking.removeprefix("sqlite:///"), pod):
+        raise ConfigError(
+            f"mlflow.tracking_uri: {tracking} is a file on no volume of the pods; "
+            "set it, or MLFLOW_TRACKING_URI in runtime.pod.env, to the address of a server"
+        )
+    if stage in {"ingest", "predict"} and not (pod.env_from_secrets or "CVF_PSEUDONYM_KEY" in pod.secret_env):
+        raise ConfigError("runtime.pod.secret_env: CVF_PSEUDONYM_KEY is missing; all pods need the same key, from a Secret")
+    if stage in {"deploy", "verify"} and isinstance(project.deploy, LocalDeploy):
+        url = pod.env.get("AWS_ENDPOINT_URL_SAGEMAKER") or project.deploy.url
+        if urlsplit(url).hostname in {"127.0.0.1", "localhost"}:
+            raise ConfigError(f"deploy.url: {url} is another machine to a pod; set it to an address that pods reach")
+
+
+def _on_a_volume(path: str, pod: PodSettings) -> bool:
+    return any(PurePosixPath(path).is_relative_to(volume.path) for volume in pod.volumes)
+
+
+def _container(project: ProjectConfig, pod: PodSettings, stage: str, command: list[str]) -> dict[str, Any]:
+    gpus = {"nvidia.com/gpu": str(pod.gpus)} if pod.gpus else {}
+    return {
+        "name": stage,
+        "image": pod.image,
+        "imagePullPolicy": pod.image_pull_policy,
+        "command": command,
+        "env": _environment(project, pod),
+        "envFrom": [{"secretRef": {"name": secret}} for secret in pod.env_from_secrets],
+        "resources": {"requests": pod.requests, "limits": pod.limits | gpus},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "scratch", "mountPath": "/tmp"},  # noqa: S108 - the pod's own
+            {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108
+            {"name": "project", "mountPath": PROJECT_FOLDER, "readOnly": True},
+            *(_mount(number, volume) for number, volume in enumerate(pod.volumes)),
+        ],
+    }
+
+
+def _environment(project: ProjectConfig, pod: PodSettings) -> list[dict[str, Any]]:
+    home = "/tmp"  # noqa: S108 - the pod's own, and with the volumes all that it may write to
+    plain = {"HOME": home, "CVF_HOME": home, "CVF_STORAGE": project.storage_uri, "PYTHONUNBUFFERED": "1"} | pod.env
+    fields = {"POD_IP": "status.podIP", "CVF_GANG": "metadata.uid"}
+    return [
+        *({"name": name, "value": value} for name, value in plain.items()),
+        *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()),
+        *(
+            {"name": name, "valueFrom": {"secretKeyRef": {"name": given.secret, "key": given.key}}}
+            for name, given in pod.secret_env.items()
+        ),
+    ]
+
+
+def _pod_security(pod: PodSettings) -> dict[str, Any]:
+    group = {"fsGroup": pod.fs_group, "fsGroupChangePolicy": "OnRootMismatch"} if pod.fs_group else {}
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": pod.run_as_user,
+        "runAsGroup": pod.run_as_group,
+        "seccompProfile": {"type": "RuntimeDefault"},
+        **group,
+    }
+
+
+def _toleration(toleration: Toleration) -> dict[str, Any]:
+    return toleration.model_dump(exclude_none=True, exclude={"seconds"}) | (
+        {} if toleration.seconds is None else {"tolerationSeconds": toleration.seconds}
+    )
+
+
+def _own_volumes(pod: PodSettings) -> list[dict[str, Any]]:
+    project = {"path": "project.yaml", "fieldRef": {"fieldPath": f"metadata.annotations['{LABEL}project']"}}
+    return [
+        {"name": "scratch", "emptyDir": {"sizeLimit": pod.scratch}},
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": pod.shared_memory}},
+        {"name": "project", "downwardAPI": {"items": [project]}},
+    ]
+
+
+def _volume(number: int, volume: Volume) -> dict[str, Any]:
+    name = {"name": f"volume-{number}"}
+    match volume:
+        case ClaimVolume():
+            return name | {"persistentVolumeClaim": {"claimName": volume.claim, "readOnly": volume.read_only}}
+        case HostVolume():
+            return name | {"hostPath": {"path": volume.host}}
+        case SecretVolume():
+            return name | {"secret": {"secretName": volume.secret}}
+        case _:
+            assert_never(volume)
+
+
+def _mount(number: int, volume: Volume) -> dict[str, Any]:
+    mount = {"name": f"volume-{number}", "mountPath": volume.path, "readOnly": getattr(volume, "read_only", True)}
+    return mount | ({"subPath": volume.sub_path} if isinstance(volume, ClaimVolume) and volume.sub_path else {})

@@ -1,0 +1,690 @@
+"""A stage in Kubernetes: one pod, or one pod a node of a training, and still one Airflow task.
+
+``StagePods`` is a KubernetesPodOperator: finding its pod again, deferral, log streaming and callbacks are the provider's. It
+adds the further nodes (owned by the first pod, so nothing outlives it), one verdict over all of them, and pods that were lost
+and start again. A pod's name follows from DAG, run and task, so a second try can only ever find the first one's pods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
+from airflow.providers.cncf.kubernetes.utils.pod_manager import (
+    PodLaunchTimeoutException,
+    detect_pod_terminate_early_issues,
+    parse_log_line,
+)
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
+from airflow.triggers.base import TriggerEvent
+from kubernetes.client import ApiException, ApisApi, CustomObjectsApi, V1EnvVar, V1OwnerReference, V1Pod
+from kubernetes.config import ConfigException
+from kubernetes_asyncio import client as async_client
+from urllib3.exceptions import HTTPError
+
+from cv_factory_airflow.manifest import LABEL, PROJECT_FILE, manifest, require_reachable
+from cv_factory_ops.config import KubernetesRuntime, ProjectConfig
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+    from airflow.triggers.base import BaseTrigger
+
+LOOK_SECONDS = 1.0
+"""Between two looks at the pods."""
+LINGER_SECONDS = 30
+"""How long the first pod may take to notice that another one is gone."""
+WAITING_SINCE = f"{LABEL}waiting-since"
+GROUP = "kueue.x-k8s.io"
+LOST_CODES = {75, 137, 143}
+"""Try again; SIGKILL; SIGTERM."""
+
+
+class StageEnded(AirflowException):
+    """The stage's own failure: its exit code and its last lines."""
+
+    def __init__(self, code: int, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.code = code
+        self.lines = lines
+
+
+class Lost(StageEnded):
+    """Pods went away, or ended with a word that says to try again."""
+
+
+class NotStarted(PodLaunchTimeoutException):
+    """Pods do not start; the argument is ``room``, ``start``, ``broken``, or ``retreat`` (some have room, others not)."""
+
+
+class Interrupted(BaseException):
+    """SIGTERM: not an ``Exception``, so that nothing on the way to :meth:`StagePods.run` takes it for an error."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many pods there must be, and how long they may take to start."""
+
+    nodes: int
+    schedule_timeout: int
+    startup_timeout: int
+    patience: int
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a pod ended."""
+
+    node: int
+    code: int | None
+    """Exit code; None where the container never ran or the pod is gone."""
+    reason: str
+    """Kubernetes' own word: ``Error``, ``OOMKilled``, ``Evicted``, ..."""
+    message: str
+    """The last lines of its log, or Kubernetes' explanation."""
+    at: datetime
+
+    @property
+    def lost(self) -> bool:
+        """Whether the same again may end better."""
+        return self.reason != "DeadlineExceeded" and (self.code is None or self.code in LOST_CODES)
+
+    @property
+    def rank(self) -> tuple[int, datetime]:
+        """The smallest tells the reason: what a stage knew, what killed a pod, what surprised it, and last who lost a peer."""
+        if self.code in {2, 3, 4}:
+            return 0, self.at
+        if self.code == 75:
+            return (4 if "lost a peer" in self.message else 3), self.at
+        return (1 if self.lost else 2), self.at
+
+    def lines(self, stage: str) -> list[str]:
+        """The reason, as the lines that a process of the stage would have ended with."""
+        told = self.message.strip().splitlines()
+        if self.code in {None, 137, 143} or self.reason == "DeadlineExceeded":
+            words = " ".join(told[-1:]) if self.code is None else ""
+            return [f"cvf {stage}: node {self.node}: the pod was ended: {self.reason}" + (f": {words}" if words else "")]
+        return told or [f"cvf {stage}: node {self.node}: exit code {self.code} and no word"]
+
+
+GONE = Ending(0, None, "Gone", "deleted, or its machine went away", datetime.max.replace(tzinfo=UTC))
+
+
+def node_of(pod: Any) -> int:
+    """Which node of the gang a pod is."""
+    return int(pod.metadata.labels[f"{LABEL}node"])
+
+
+def ending_of(pod: Any) -> Ending | None:
+    """How a pod ended, None while it has not. Reads the models of both Kubernetes clients."""
+    status = pod.status
+    terminated = next((item.state.terminated for item in status.container_statuses or [] if item.state.terminated), None)
+    if terminated is None and status.phase not in {"Failed", "Succeeded"}:
+        return None
+    now = datetime.now(UTC)
+    if terminated is None:
+        return Ending(node_of(pod), None, status.reason or status.phase, status.message or "", now)
+    reason = status.reason or terminated.reason or ""
+    code = None if status.reason == "Evicted" else terminated.exit_code
+    return Ending(
+        node_of(pod),
+        code,
+        reason,
+        (status.message if code is None else terminated.message) or "",
+        terminated.finished_at or now,
+    )
+
+
+def check_start(pods: Iterable[Any], limits: Limits) -> bool:
+    """Whether all pods of a gang have started, or one has already ended.
+
+    The times are counted from the pods' own marks, so that a restarted watcher goes on counting.
+
+    Raises:
+        NotStarted: they have not, and waiting longer has no use.
+    """
+    pods = list(pods)
+    if len(pods) < limits.nodes or any(ending_of(pod) for pod in pods):
+        return True
+    now = datetime.now(UTC)
+    times = [_scheduled_at(pod) for pod in pods]
+    if placed := [at for at in times if at]:
+        if len(placed) == len(pods):
+            return _check_containers(pods, now - max(placed) > timedelta(seconds=limits.startup_timeout))
+        newest = max(pod.metadata.creation_timestamp for pod in pods)
+        if now - newest > timedelta(seconds=limits.patience):
+            raise NotStarted("retreat")
+    if now.timestamp() - min(map(_waiting_since, pods)) > limits.schedule_timeout:
+        raise NotStarted("room")
+    return False
+
+
+def _check_containers(pods: list[Any], late: bool) -> bool:
+    if all(pod.status.phase == "Running" for pod in pods):
+        return True
+    if any(detect_pod_terminate_early_issues(pod) for pod in pods):
+        raise NotStarted("broken")
+    if late:
+        raise NotStarted("start")
+    return False
+
+
+def _waiting_since(pod: Any) -> float:
+    return float(pod.metadata.annotations[WAITING_SINCE])
+
+
+def _scheduled_at(pod: Any) -> datetime | None:
+    conditions = pod.status.conditions or []
+    return next(
+        (item.last_transition_time for item in conditions if item.type == "PodScheduled" and item.status == "True"), None
+    )
+
+
+class Watch:
+    """What a watcher of a gang keeps in mind; the same in the task and in the triggerer."""
+
+    def __init__(self, nodes: int) -> None:
+        self.nodes = nodes
+        self.broken_since: float | None = None
+        self._read_until: dict[int, datetime] = {}
+
+    def over(self, pods: Iterable[Any]) -> bool:
+        """Whether the first pod has ended, or has gone on for too long after another one failed or went away."""
+        found = {node_of(pod): pod for pod in pods}
+        if 0 not in found or found[0].status.phase in {"Failed", "Succeeded"}:
+            return True
+        endings = [ending_of(found[node]) if node in found else GONE for node in range(1, self.nodes)]
+        if not any(ending and ending.code != 0 for ending in endings):
+            return False
+        self.broken_since = self.broken_since or time.monotonic()
+        return time.monotonic() - self.broken_since > LINGER_SECONDS
+
+    def seconds_to_read(self, node: int) -> int | None:
+        """How far back a pod's log must be read; None is all of it. The API counts in whole seconds."""
+        since = self._read_until.get(node)
+        return int((datetime.now(UTC) - since).total_seconds()) + 2 if since else None
+
+    def new_lines(self, node: int, lines: Iterable[str]) -> Iterator[str]:
+        """The lines that were not there before; the stage's record is left out, it is the XCom."""
+        since = self._read_until.get(node)
+        for line in lines:
+            at, message = parse_log_line(line)
+            if at is None or (since is not None and at <= since):
+                continue
+            self._read_until[node] = at
+            if message and not message.startswith('{"stage":'):
+                yield message
+
+
+def tag(stage: str, node: int) -> str:
+    """What a line of a node's log begins with."""
+    return f"{stage} node {node}" if node else stage
+
+
+def pod_name(project: str, stage: str, dag_id: str, run_id: str, task_id: str, map_index: int | None) -> str:
+    """The name of a task's first pod: the same in every try, and for no other task."""
+    digest = hashlib.sha256(f"{dag_id} {run_id} {task_id} {map_index}".encode()).hexdigest()[:10]
+    return f"cvf-{project.replace('_', '-')[:28].rstrip('-')}-{stage}-{digest}"
+
+
+class StagePods(KubernetesPodOperator):
+    """Run a stage in pods.
+
+    :param stage: name of the stage; also that of the container
+    :param project: the project with all overrides
+    :param yaml: the project's file, which the pods are given
+    :param run: URI of the run directory
+    :param settings: ``section.field=value`` of the run's overrides
+    :param context: of the task
+    """
+
+    def __init__(
+        self, *, stage: str, project: ProjectConfig, yaml: str, run: str, settings: list[str], context: Context, **kwargs: Any
+    ) -> None:
+        runtime = cast("KubernetesRuntime", project.runtime)
+        require_reachable(project, runtime, stage, run)
+        ti = context["ti"]
+        name = pod_name(project.project, stage, ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
+        overrides = [part for setting in settings for part in ("--set", setting)]
+        command = ["cvf", stage, "--config", PROJECT_FILE, "--run", run, *overrides]
+        owner = {"dag": ti.dag_id, "run": str(ti.run_id)}
+        timeout = kwargs.get("execution_timeout")
+        super().__init__(
+            kubernetes_conn_id=runtime.kubernetes_conn_id,
+            namespace=runtime.namespace,
+            pod_template_dict=manifest(project, runtime, stage, name, command, yaml, owner),
+            random_name_suffix=False,
+            labels={f"{LABEL}gang": name, f"{LABEL}node": "0"},
+            base_container_name=stage,
+            termination_message_policy="FallbackToLogsOnError",
+            active_deadline_seconds=int(timeout.total_seconds()) if timeout else None,
+            log_pod_spec_on_failure=False,
+            poll_interval=LOOK_SECONDS,
+            logging_interval=int(LOOK_SECONDS),
+            deferrable=runtime.deferrable and not _under_dags_test(),
+            **kwargs,
+        )
+        self.stage = stage
+        self.runtime = runtime
+        self.gang = name
+        nodes = project.training.nodes if stage == "train" else 1
+        patience = runtime.schedule_timeout if runtime.queue else runtime.gang_patience
+        self.limits = Limits(nodes, runtime.schedule_timeout, runtime.startup_timeout, patience)
+        self.waiting_since = time.time()
+        self.restarts = 0
+        self.retreats = 0
+        self.watch = Watch(nodes)
+        self.watching = False
+
+    def run(self, context: Context, event: dict[str, Any] | None = None) -> None:
+        """Run the stage to its end; with an ``event`` of the trigger, go on after it.
+
+        Raises:
+            TaskDeferred: the triggerer takes over.
+            StageEnded: the stage failed.
+            AirflowException: the pods could not be started.
+        """
+        self.watching = True
+        try:
+            self._run(context, event)
+        except (AirflowTaskTimeout, KeyboardInterrupt):
+            self._remove()
+            raise
+        except Interrupted:
+            if _task_state(context) != "running":
+                self._remove()
+            raise AirflowException(f"cvf {self.stage}: this worker is told to stop; a retry rejoins what still runs") from None
+        except ApiException as error:
+            raise explained(error) from None
+        except HTTPError as error:
+            raise AirflowException(f"Kubernetes: does not answer ({type(error).__name__}); a retry rejoins what runs") from None
+        except ConfigException as error:
+            raise AirflowFailException(f"Kubernetes: {error} Set KUBECONFIG or connection {self.kubernetes_conn_id}") from None
+        finally:
+            self.watching = False
+
+    def on_kill(self) -> None:
+        """Airflow's SIGTERM: leave the watch; :meth:`run` then asks whether the task was cancelled or its worker is going."""
+        if self.watching:
+            raise Interrupted
+
+    def _run(self, context: Context, event: dict[str, Any] | None) -> None:
+        while True:
+            try:
+                if event is not None:
+                    self.trigger_reentry(context, event)
+                elif self.deferrable:
+                    self.execute_async(context)
+                else:
+                    self.execute_sync(context)
+                return
+            except Lost as lost:
+                if self.restarts >= self.runtime.restarts:
+                    raise
+                self.restarts += 1
+                self.waiting_since = time.time()
+                self.log.warning("%s; starting again (%d of %d)", lost, self.restarts, self.runtime.restarts)
+            except NotStarted:
+                self.retreats += 1
+                pause = min(5 * 2**self.retreats, 120)
+                self.log.info("not all pods have room; none waits with resources in hand; next try in %d s", pause)
+                time.sleep(pause)
+            event = self.pod = self.pod_request_obj = self.remote_pod = None
+            self.watch = Watch(self.limits.nodes)
+
+    def build_pod_request_obj(self, context: Context | None = None, *, dry_run: bool = False) -> V1Pod:
+        pod = super().build_pod_request_obj(context, dry_run=dry_run)
+        pod.metadata.annotations[WAITING_SINCE] = str(int(self.waiting_since))
+        if self.limits.nodes > 1:
+            _set_env(pod, "PET_NODE_RANK", "0")
+        if self.runtime.queue:
+            self._require_queue(pod.metadata.namespace, self.runtime.queue)
+            pod.metadata.labels[f"{GROUP}/pod-group-name"] = self.gang
+            pod.metadata.annotations[f"{GROUP}/pod-group-total-count"] = str(self.limits.nodes)
+        return pod
+
+    def get_or_create_pod(self, pod_request_obj: V1Pod, context: Context) -> V1Pod:
+        """The first pod of the gang: the one that an earlier try has left running or well ended, or a new one."""
+        self.namespace = pod_request_obj.metadata.namespace
+        first = self._left_by_an_earlier_try() or self._create(pod_request_obj)
+        if not ending_of(first):
+            for node in range(1, self.limits.nodes):
+                self._create_node(pod_request_obj, first, node)
+        return first
+
+    def await_pod_start(self, pod: V1Pod) -> None:
+        try:
+            while not check_start(self._pods(), self.limits):
+                time.sleep(LOOK_SECONDS)
+        except NotStarted as problem:
+            self._give_up(str(problem))
+
+    def await_pod_completion(self, pod: V1Pod) -> None:
+        """Repeat the logs of all nodes until the stage is over; unlike the provider's stream, no line twice."""
+        while True:
+            pods = self._pods()
+            for each in pods:
+                self._repeat_log(each)
+            if self.watch.over(pods):
+                break
+            time.sleep(LOOK_SECONDS)
+        if not any(ending_of(each) for each in pods if node_of(each) == 0):
+            raise AirflowException("the gang is broken")  # cleanup says why
+
+    def cleanup(
+        self,
+        pod: V1Pod,
+        remote_pod: V1Pod,
+        xcom_result: dict[str, Any] | None = None,
+        context: Context | None = None,
+    ) -> None:
+        """Remove what has ended, and say how. What still runs is left for the retry: then the watcher failed, not the stage."""
+        if self.pod is None:
+            return
+        found = {node_of(each): each for each in self._pods()}
+        if not self.watch.over(found.values()):
+            return
+        endings = [self._ending(found.get(node), node) for node in range(self.watch.nodes)]
+        self._remove()
+        if endings[0] and endings[0].code == 0:
+            return
+        reason = min((ending for ending in endings if ending and ending.code != 0), key=lambda ending: ending.rank)
+        kind = Lost if reason.lost else StageEnded
+        raise kind(75 if reason.lost else reason.code or 1, reason.lines(self.stage))
+
+    def convert_config_file_to_dict(self) -> None:
+        """Send the triggerer this worker's way to the cluster: the provider would send ``KUBECONFIG`` beside what the
+        connection names, which its trigger refuses, and nothing where the worker runs in the cluster."""
+        hook: Any = self.hook
+        if hook.is_in_cluster:
+            self.in_cluster = True
+        elif not (hook.conn_extras.get("kube_config_path") or hook.conn_extras.get("kube_config")):
+            super().convert_config_file_to_dict()  # type: ignore[no-untyped-call]
+
+    def defer(self, *, trigger: BaseTrigger, **kwargs: Any) -> None:  # type: ignore[override]
+        """The provider's trigger watches one pod; ours watches the gang."""
+        _, arguments = trigger.serialize()
+        arguments["trigger_kwargs"] |= {"restarts": self.restarts, "retreats": self.retreats}
+        super().defer(trigger=GangTrigger(gang=self.gang, limits=vars(self.limits), **arguments), **kwargs)
+
+    def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
+        self.restarts, self.retreats = event.get("restarts", 0), event.get("retreats", 0)
+        self.namespace = event["namespace"]
+        self.get_logs = False  # the trigger has repeated them
+        found = {node_of(pod): pod for pod in self._pods()}
+        self.pod = found.get(0)
+        self.waiting_since = min(map(_waiting_since, found.values()), default=self.waiting_since)
+        match event["status"]:
+            case "timeout":
+                self._give_up(event["message"])
+            case "success" if self.pod is None:
+                return
+            case "failed":
+                self.pod = self.pod or V1Pod()
+                self.watch.broken_since = -math.inf
+                self.cleanup(self.pod, self.pod, context=context)
+            case _:
+                super().trigger_reentry(context, event)
+
+    def _left_by_an_earlier_try(self) -> V1Pod | None:
+        """The first pod that is there; None where there is none, or once a failed or vanishing one is gone."""
+        first = self._read(self.gang)
+        if first is None:
+            return None
+        if first.metadata.deletion_timestamp is None and first.status.phase != "Failed":
+            self.log.info("rejoining pod %s, which an earlier try has started (%s)", self.gang, first.status.phase)
+            self.waiting_since = _waiting_since(first)
+            return first
+        self.log.info("an earlier try has left pod %s; a new one takes its place", self.gang)
+        self._remove()
+        return None
+
+    def _create_node(self, request: V1Pod, first: V1Pod, node: int) -> None:
+        pod = copy.deepcopy(request)
+        pod.metadata.name = f"{self.gang}-{node}"
+        pod.metadata.labels[f"{LABEL}node"] = str(node)
+        owner = V1OwnerReference(api_version="v1", kind="Pod", name=self.gang, uid=first.metadata.uid)
+        pod.metadata.owner_references = [owner]
+        _set_env(pod, "PET_NODE_RANK", str(node))
+        _set_env(pod, "CVF_GANG", first.metadata.uid)
+        found = self._read(pod.metadata.name)
+        if found and found.metadata.owner_references[0].uid != first.metadata.uid:
+            self._delete(found)
+            self._await_gone([found])
+        self._create(pod)
+
+    def _create(self, pod: V1Pod) -> V1Pod:
+        """Create a pod; one that is already there is ours, because only this task makes this name."""
+        try:
+            return self.client.create_namespaced_pod(pod.metadata.namespace, pod)
+        except ApiException as error:
+            if error.status == 409 and (found := self._read(pod.metadata.name)):
+                return found
+            if pod.metadata.name != self.gang:
+                self._remove()
+            raise explained(error) from None
+
+    def _give_up(self, problem: str) -> None:
+        """Remove pods that did not start.
+
+        Raises:
+            NotStarted: some had room, others not: try again later.
+            AirflowException: with the words of Kubernetes.
+        """
+        words = "; ".join(dict.fromkeys(filter(None, map(self._waits_for, self._pods()))))
+        self._remove()
+        self.pod = None
+        if problem == "retreat" and time.time() - self.waiting_since < self.limits.schedule_timeout:
+            raise NotStarted(problem)
+        match problem:
+            case "room" | "retreat":
+                line = f"no room for {self._count()} within {self.limits.schedule_timeout} s (runtime.schedule_timeout)"
+            case "start":
+                line = (
+                    f"{self._count()} with room, not started within {self.limits.startup_timeout} s (runtime.startup_timeout)"
+                )
+            case "broken":
+                line = f"{self._count()} cannot start"
+            case other:
+                line = other
+        raise AirflowException(f"cvf {self.stage}: {line}" + (f": {words}" if words else ""))
+
+    def _count(self) -> str:
+        return f"{self.limits.nodes} pod{'s' if self.limits.nodes > 1 else ''}"
+
+    def _waits_for(self, pod: V1Pod) -> str:
+        """Why a pod has not started, in the words of the scheduler, of the container's state or of the last warning."""
+        for condition in pod.status.conditions or []:
+            if condition.type == "PodScheduled" and condition.status != "True":
+                return str(condition.message or condition.reason or "")
+        waiting = [item.state.waiting for item in pod.status.container_statuses or [] if item.state.waiting]
+        told = [f"{item.reason}: {' '.join(item.message.split())}" for item in waiting if item.message]
+        if told or pod.status.phase == "Running":
+            return "".join(told[:1])
+        warnings = [event for event in self.pod_manager.read_pod_events(pod).items if event.type == "Warning"]
+        return f"{warnings[-1].reason}: {' '.join(warnings[-1].message.split())}" if warnings else ""
+
+    def _ending(self, pod: V1Pod | None, node: int) -> Ending | None:
+        return ending_of(pod) if pod else replace(GONE, node=node)
+
+    def _repeat_log(self, pod: V1Pod) -> None:
+        node = node_of(pod)
+        try:
+            log = self.client.read_namespaced_pod_log(
+                pod.metadata.name,
+                self.namespace,
+                container=self.stage,
+                timestamps=True,
+                since_seconds=self.watch.seconds_to_read(node),
+                _preload_content=False,
+            )
+        except ApiException:  # its container has not started, or is gone
+            return
+        for line in self.watch.new_lines(node, log.data.decode(errors="replace").splitlines()):
+            self.log.info("[%s] %s", tag(self.stage, node), line)
+
+    def _require_queue(self, namespace: str, queue: str) -> None:
+        """Kueue leaves pods of an unknown queue waiting for ever."""
+        groups = {group.name: group for group in ApisApi(self.client.api_client).get_api_versions().groups}
+        if GROUP not in groups:
+            raise AirflowFailException(f"runtime.queue: {queue!r} given; this cluster has no Kueue")
+        version = groups[GROUP].preferred_version.version
+        try:
+            found = CustomObjectsApi(self.client.api_client).list_namespaced_custom_object(
+                GROUP, version, namespace, "localqueues"
+            )
+        except ApiException as error:
+            if error.status == 403:  # no right to look: let Kueue judge
+                return
+            raise
+        known = sorted(item["metadata"]["name"] for item in found["items"])
+        if queue not in known:
+            allowed = ", ".join(known) or "none is there"
+            raise AirflowFailException(f"runtime.queue: {queue!r} given; allowed in namespace {namespace}: {allowed}")
+
+    def _pods(self) -> list[V1Pod]:
+        found = self.client.list_namespaced_pod(self.namespace, label_selector=f"{LABEL}gang={self.gang}").items
+        return sorted(found, key=node_of)
+
+    def _read(self, name: str) -> V1Pod | None:
+        try:
+            return self.client.read_namespaced_pod(name, self.namespace)
+        except ApiException as error:
+            if error.status != 404:
+                raise
+            return None
+
+    def _remove(self) -> None:
+        """Delete the gang and wait until it is gone: nothing of it works on when the next one starts."""
+        if not self.namespace:
+            return
+        pods = self._pods()
+        for pod in pods:
+            self._delete(pod)
+        self._await_gone(pods)
+
+    def _delete(self, pod: V1Pod) -> None:
+        grace = (
+            {"grace_period_seconds": 0} if pod.status.phase == "Pending" else {}
+        )  # an older kubelet takes a minute for those
+        try:
+            self.client.delete_namespaced_pod(pod.metadata.name, self.namespace, **grace)
+        except ApiException as error:
+            if error.status != 404:
+                raise
+
+    def _await_gone(self, pods: list[V1Pod]) -> None:
+        patience = max((pod.spec.termination_grace_period_seconds or 0 for pod in pods), default=0) + 60
+        deadline = time.monotonic() + patience
+        while left := [pod.metadata.name for pod in pods if self._is_there(pod)]:
+            if time.monotonic() > deadline:
+                raise AirflowException(
+                    f"pod {left[0]} does not end within {patience} s; is its machine gone? Delete it by --force"
+                )
+            time.sleep(0.2)
+
+    def _is_there(self, pod: V1Pod) -> bool:
+        found = self._read(pod.metadata.name)
+        return found is not None and found.metadata.uid == pod.metadata.uid
+
+
+class GangTrigger(KubernetesPodTrigger):
+    """The provider's trigger, looking at all pods of a gang.
+
+    :param gang: label that the pods share
+    :param limits: fields of :class:`Limits`
+    """
+
+    def __init__(self, *, gang: str, limits: dict[str, int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gang = gang
+        self.limits = limits
+        self.watch = Watch(limits["nodes"])
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        _, arguments = super().serialize()
+        return f"{__name__}.{type(self).__name__}", {**arguments, "gang": self.gang, "limits": self.limits}
+
+    async def _wait_for_pod_start(self) -> Any:
+        while not check_start(await self._pods(), Limits(**self.limits)):
+            await asyncio.sleep(self.poll_interval)
+        return None
+
+    async def _wait_for_container_completion(self) -> TriggerEvent:
+        while True:
+            self._check_deadline()
+            pods = await self._pods()
+            for pod in pods:
+                await self._repeat_log(pod)
+            if self.watch.over(pods):
+                ending = next((ending_of(pod) for pod in pods if node_of(pod) == 0), None)
+                return self._event("success" if ending and ending.code == 0 else "failed")
+            await asyncio.sleep(self.poll_interval)
+
+    def _event(self, status: str) -> TriggerEvent:
+        event = {"status": status, "namespace": self.pod_namespace, "name": self.pod_name, "message": "", **self.trigger_kwargs}
+        return TriggerEvent(event)  # type: ignore[no-untyped-call]
+
+    def _check_deadline(self) -> None:
+        deadline = self.trigger_kwargs.get("_execution_deadline")
+        if deadline is not None and time.time() >= deadline:
+            raise PodLaunchTimeoutException("stopped at the task's execution_timeout")
+
+    async def _pods(self) -> list[Any]:
+        async with self.hook.get_conn() as connection:
+            api = async_client.CoreV1Api(connection)
+            found = await api.list_namespaced_pod(self.pod_namespace, label_selector=f"{LABEL}gang={self.gang}")
+        return sorted(found.items, key=node_of)
+
+    async def _repeat_log(self, pod: Any) -> None:
+        name, node = pod.metadata.name, node_of(pod)
+        try:
+            log = await self.hook.read_logs(
+                name, self.pod_namespace, self.base_container_name, self.watch.seconds_to_read(node)
+            )
+        except async_client.ApiException:  # its container has not started, or is gone
+            return
+        for line in self.watch.new_lines(node, log):
+            self.log.info("[%s] %s", tag(self.base_container_name, node), line)
+
+
+def explained(error: ApiException) -> AirflowException:
+    """The API server's own words in one line; a wrong setting or a missing right is not tried again."""
+    words = str(error.reason)
+    with suppress(ValueError, TypeError, AttributeError):
+        words = json.loads(error.body)["message"]
+    line = f"Kubernetes: {' '.join(words.split())}"
+    lasting = error.status in {400, 403, 404, 422} and "exceeded quota" not in words
+    return AirflowFailException(line) if lasting else AirflowException(line)
+
+
+def _set_env(pod: V1Pod, name: str, value: str) -> None:
+    container = pod.spec.containers[0]
+    container.env = [item for item in container.env or [] if item.name != name] + [V1EnvVar(name=name, value=value)]
+
+
+def _under_dags_test() -> bool:
+    """``dag.test()`` runs tasks in its own process and has no triggerer."""
+    from airflow.sdk.execution_time import task_runner
+
+    return type(getattr(task_runner, "SUPERVISOR_COMMS", None)).__name__ == "InProcessSupervisorComms"
+
+
+def _task_state(context: Context) -> str:
+    """What Airflow's API server says of this task; ``running`` where it cannot be asked: then nothing is removed."""
+    ti: Any = context["ti"]
+    ask: Callable[..., dict[str, dict[str, str]]] = ti.get_task_states
+    with suppress(Exception):
+        states = ask(dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index)
+        return next(iter(states[ti.run_id].values()))
+    return "running"
