@@ -34,6 +34,7 @@ def main(path: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the launcher ends its ranks
     layout = f"%(asctime)s [rank {os.environ['RANK']}] %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=layout, datefmt="%H:%M:%S")
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     assignment = Assignment.model_validate_json(Path(path).read_bytes())
     try:
         with join() as world:

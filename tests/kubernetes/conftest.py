@@ -59,6 +59,17 @@ def mlflow_server(api: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield url
 
 
+@pytest.fixture(scope="session")
+def s3_server(api: Any) -> Iterator[str]:
+    """Address of a moto server that pods reach; it takes the place of the one that only this machine reaches."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address=cluster.address(), port=0)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
 @pytest.fixture
 def shared(home: Path) -> Path:
     """A folder that this machine and the pods see under the same path; the pods' user may write to it."""

@@ -11,8 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from cv_factory_ops import storage
 from tests.kubernetes.conftest import PSEUDONYM_KEY as KEY
 from tests.kubernetes.conftest import Seen, context, kill_worker_when, names, until
 
@@ -25,8 +27,11 @@ Train = Callable[..., Any]
 def train(operators: ModuleType, pods_project: Callable[..., Path]) -> Train:
     """The operator of a training over two pods, its inputs prepared by pods too."""
 
-    def build(**settings: Any) -> Any:
-        path = str(pods_project(**{"training": LONG} | settings))
+    def build(s3: str = "", **settings: Any) -> Any:
+        file = pods_project(**{"training": LONG} | settings)
+        if s3:
+            _add_env(file, {"AWS_ENDPOINT_URL_S3": s3, "AWS_DEFAULT_REGION": "us-east-1"})
+        path = str(file)
         for name in ("Ingest", "Preprocess"):
             stage = getattr(operators, f"{name}Operator")(task_id=name.lower(), **_arguments(path))
             stage.execute(context(name.lower()))
@@ -56,7 +61,7 @@ def test_lost_pod_is_replaced_in_the_same_try_and_the_same_mlflow_run(
     api: Any, namespace: str, train: Train, seen: Seen, shared: Path, undisturbed: str, mlflow_server: str, node: int
 ) -> None:
     operator = train()
-    with _after_epoch(shared, lambda: api.delete_namespaced_pod(_gang(api, namespace)[node], namespace)):
+    with _when(_checkpoint(shared).exists, lambda: api.delete_namespaced_pod(_gang(api, namespace)[node], namespace)):
         record = operator.execute(context("train"))
     assert _weights(shared) == undisturbed
     assert len([pod for pod in seen.pods.values() if "train" in pod.metadata.name]) == 4
@@ -73,6 +78,23 @@ def test_killed_worker_and_retry_leave_one_set_of_pods(
     assert _weights(shared) == undisturbed
     assert len([pod for pod in seen.pods.values() if "train" in pod.metadata.name]) == 2
     assert _runs(mlflow_server, shared) == [record["mlflow_run_id"]]
+
+
+def test_pods_that_share_only_s3_train_together(
+    api: Any, namespace: str, train: Train, bucket: str, s3_server: str, seen: Seen
+) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "a key of the store"}
+    api.create_namespaced_secret(namespace, {"metadata": {"name": "s3"}, "stringData": keys})
+    root, keys = f"s3://{bucket}/root", {"env_from_secrets": ["s3"]}
+    operator = train(storage=root, training=LONG | {"epochs": 30}, pod=keys, s3=s3_server)
+    checkpoint = f"{root}/tiny/runs/tiny_training.manual__1/checkpoints/last.pt"
+    with _when(lambda: storage.exists(checkpoint), lambda: api.delete_namespaced_pod(_gang(api, namespace)[0], namespace)):
+        record = operator.execute(context("train"))
+    assert record["bundle"] == f"{root}/tiny/runs/tiny_training.manual__1/train/bundle"
+    assert record["world_size"] == 2
+    assert "a key of the store" not in str(list(seen.pods.values()))
+    assert not storage.exists(checkpoint)
+    assert names(api, namespace) == []
 
 
 def test_failing_rank_ends_all_with_its_reason(api: Any, namespace: str, train: Train) -> None:
@@ -108,8 +130,6 @@ def one_gpu(api: Any) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Digest of the weights that the training has when nothing happens to it: as local processes, without a cluster."""
-    import yaml
-
     from cv_factory_ops.cli import main
     from tests.conftest import TINY
 
@@ -130,6 +150,12 @@ RUN = "storage/tiny/runs/tiny_training.manual__1"
 
 def _arguments(path: str) -> dict[str, str]:
     return {"config": path, "data": "", "overrides": "{}", "runtime": "kubernetes"}
+
+
+def _add_env(file: Path, env: dict[str, str]) -> None:
+    tree = yaml.safe_load(file.read_text())
+    tree["runtime"]["pod"]["env"] |= env
+    file.write_text(yaml.safe_dump(tree))
 
 
 def _weights(home: Path) -> str:
@@ -155,12 +181,12 @@ def _runs(server: str, home: Path) -> list[str]:
 
 
 @contextmanager
-def _after_epoch(home: Path, action: Callable[[], Any]) -> Iterator[None]:
-    """Do something in another thread once the first checkpoint is there."""
+def _when(condition: Callable[[], Any], action: Callable[[], Any]) -> Iterator[None]:
+    """Do something in another thread once a condition is true; it must have become so by the end."""
     done: list[Any] = []
 
     def work() -> None:
-        until(lambda: _checkpoint(home).exists())
+        until(condition)
         done.append(action())
 
     thread = threading.Thread(target=work)

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -147,6 +147,72 @@ def test_wrong_setting_is_one_clear_line_and_leaves_no_pod(api: Any, namespace: 
     assert names(api, namespace) == []
 
 
+def test_unknown_queue_is_named(namespace: str, stage: Stage, kueue: None) -> None:
+    """Kueue's kind without its controller, of which there is no build for so old a cluster."""
+    line = f"runtime.queue: 'gpus' given; allowed in namespace {namespace}: none is there"
+    with pytest.raises(AirflowFailException, match=line):
+        stage("Ingest", limits={"queue": "gpus"}).execute(context("ingest"))
+
+
+def test_pods_of_a_queue_carry_what_kueue_admits_them_by(
+    namespace: str, stage: Stage, seen: Seen, kueue: None, other_cluster: Callable[..., dict[str, str]], may_run_pods: str
+) -> None:
+    """Who must not look at queues leaves it to Kueue to know them."""
+    limits = other_cluster(user={"token": may_run_pods}) | {"queue": "gpus"}
+    assert stage("Ingest", limits=limits).execute(context("ingest"))["accepted"] > 0
+    [pod] = seen.pods.values()
+    assert pod.metadata.labels["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert pod.metadata.labels["kueue.x-k8s.io/pod-group-name"] == pod.metadata.name
+    assert pod.metadata.annotations["kueue.x-k8s.io/pod-group-total-count"] == "1"
+
+
+@pytest.fixture
+def kueue(api: Any) -> Iterator[None]:
+    """A cluster that knows what a LocalQueue is."""
+    from kubernetes import client
+
+    definitions, name = client.ApiextensionsV1Api(), "localqueues.kueue.x-k8s.io"
+    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    kind = {"plural": "localqueues", "singular": "localqueue", "kind": "LocalQueue"}
+    version = {"name": "v1beta1", "served": True, "storage": True, "schema": schema}
+    spec = {"group": "kueue.x-k8s.io", "names": kind, "scope": "Namespaced", "versions": [version]}
+    about = {"name": name, "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/kueue"}}
+    definitions.create_custom_resource_definition({"metadata": about, "spec": spec})
+    groups = client.ApisApi()
+    until(lambda: "kueue.x-k8s.io" in [group.name for group in groups.get_api_versions().groups])
+    yield
+    definitions.delete_custom_resource_definition(name)
+    until(lambda: "kueue.x-k8s.io" not in [group.name for group in groups.get_api_versions().groups])
+
+
+@pytest.fixture
+def may_run_pods(api: Any, namespace: str) -> str:
+    """The token of an account that may do with pods what the operator does, and nothing else."""
+    from kubernetes import client
+
+    rules = [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["create", "get", "list", "delete", "patch"]},
+        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
+    ]
+    access, about = client.RbacAuthorizationV1Api(), {"metadata": {"name": "airflow"}}
+    api.create_namespaced_service_account(namespace, about)
+    access.create_namespaced_role(namespace, about | {"rules": rules})
+    subject = {"kind": "ServiceAccount", "name": "airflow", "namespace": namespace}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "airflow"}
+    access.create_namespaced_role_binding(namespace, about | {"subjects": [subject], "roleRef": role})
+    return _token_of(api, namespace, "airflow")
+
+
+def _token_of(api: Any, namespace: str, account: str) -> str:
+    def found() -> list[Any]:
+        secrets = api.list_namespaced_secret(namespace, field_selector="type=kubernetes.io/service-account-token").items
+        return [item for item in secrets if item.metadata.annotations["kubernetes.io/service-account.name"] == account]
+
+    [secret] = until(found)
+    return base64.b64decode(secret.data["token"]).decode()
+
+
 def test_quota_is_named_and_tried_again_later(api: Any, namespace: str, stage: Stage) -> None:
     api.create_namespaced_resource_quota(namespace, {"metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}})
     try:
@@ -160,9 +226,7 @@ def test_quota_is_named_and_tried_again_later(api: Any, namespace: str, stage: S
 
 
 def test_missing_right_is_named(api: Any, namespace: str, stage: Stage, other_cluster: Callable[..., dict[str, str]]) -> None:
-    tokens = "type=kubernetes.io/service-account-token"
-    [secret] = until(lambda: api.list_namespaced_secret(namespace, field_selector=tokens).items)
-    limits = other_cluster(user={"token": base64.b64decode(secret.data["token"]).decode()})
+    limits = other_cluster(user={"token": _token_of(api, namespace, "default")})
     with pytest.raises(AirflowFailException, match=r"Kubernetes: pods .*is forbidden: User .*cannot") as error:
         stage("Ingest", limits=limits).execute(context("ingest"))
     assert "\n" not in str(error.value)
