@@ -48,6 +48,8 @@ WAITING_SINCE = f"{LABEL}waiting-since"
 GROUP = "kueue.x-k8s.io"
 LOST_CODES = {75, 137, 143}
 """Try again; SIGKILL; SIGTERM."""
+ENDED = {"success", "failed", "skipped", "upstream_failed", "removed", "restarting"}
+"""States that a person gives a running task. Any other one is Airflow's, which has lost sight of this worker and will retry."""
 
 
 class StageEnded(AirflowException):
@@ -301,7 +303,7 @@ class StagePods(KubernetesPodOperator):
             self._remove()
             raise
         except Interrupted:
-            if _task_state(context) != "running":
+            if _task_state(context) in ENDED:
                 self._remove()
             raise AirflowException(f"cvf {self.stage}: this worker is told to stop; a retry rejoins what still runs") from None
         except ApiException as error:
@@ -680,11 +682,11 @@ def _under_dags_test() -> bool:
     return type(getattr(task_runner, "SUPERVISOR_COMMS", None)).__name__ == "InProcessSupervisorComms"
 
 
-def _task_state(context: Context) -> str:
+def _task_state(context: Context) -> str | None:
     """What Airflow's API server says of this task; ``running`` where it cannot be asked: then nothing is removed."""
     ti: Any = context["ti"]
-    ask: Callable[..., dict[str, dict[str, str]]] = ti.get_task_states
+    ask: Callable[..., dict[str, dict[str, str | None]]] = ti.get_task_states
     with suppress(Exception):
         states = ask(dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index)
-        return next(iter(states[ti.run_id].values()))
+        return next(iter(states.get(ti.run_id, {}).values()), "removed")
     return "running"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from local.cluster import IMAGE, context, runtime
 from tests.conftest import TINY
 
 PSEUDONYM_KEY = "a key that only a Secret holds"
+os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))  # Airflow writes there when imported
 
 
 @pytest.fixture(scope="session")
