@@ -48,11 +48,16 @@ def runtime(namespace: str, shared: Path, **pod: Any) -> dict[str, Any]:
     """
     (shared / "user").mkdir(exist_ok=True)
     # The interpreter may lie below a home directory that other users must not enter.
-    mounts = [(shared / "user", Path.home()), (PREFIX, PREFIX), (CHECKOUT, CHECKOUT), (shared, shared)]
+    own = dict.fromkeys((PREFIX, Path(sys.prefix), CHECKOUT, shared))
+    mounts = [(shared / "user", Path.home()), *((path, path) for path in own)]
     settings = {
         "image": IMAGE,
         "requests": {"cpu": "100m", "memory": "256Mi"},
-        "env": {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "GIT_PYTHON_REFRESH": "quiet"},
+        "env": {
+            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'plugins'}",
+            "GIT_PYTHON_REFRESH": "quiet",
+        },
         "secret_env": {"CVF_PSEUDONYM_KEY": {"secret": KEYS, "key": "pseudonym"}},
         "volumes": [{"kind": "host", "host": str(host), "path": str(path)} for host, path in mounts],
         "grace_seconds": 5,

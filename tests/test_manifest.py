@@ -168,7 +168,7 @@ def test_names_are_valid_short_and_the_tasks_own() -> None:
 
 
 def ended(node: int, code: int | None, reason: str = "Error", message: str = "", seconds: int = 0) -> Any:
-    from cv_factory_airflow.pods import Ending
+    from cv_factory_airflow.gang import Ending
 
     return Ending(node, code, reason, message, datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds))
 
@@ -189,7 +189,7 @@ def test_the_most_telling_ending_is_the_reason(endings: list[Any], told: str) ->
 
 
 def test_log_lines_are_told_once_and_the_record_not_at_all() -> None:
-    from cv_factory_airflow.pods import Watch
+    from cv_factory_airflow.gang import Watch
 
     watch = Watch(1)
     stamp = "2026-01-01T00:00:{:02d}.{}Z {}".format
@@ -230,7 +230,7 @@ MOMENTS: dict[str, tuple[list[dict[str, Any]], bool | str]] = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_time_outs_count_from_the_pods_own_marks(moment: str) -> None:
-    from cv_factory_airflow.pods import Limits, NotStarted, check_start
+    from cv_factory_airflow.gang import Limits, NotStarted, check_start
 
     given, state = MOMENTS[moment]
     pods = [pod(node, **fields) for node, fields in enumerate(given)]
