@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import generic_api_retry
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
 from airflow.providers.cncf.kubernetes.utils.pod_manager import PodLaunchTimeoutException
@@ -51,8 +52,14 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 1.0
 """Between two looks at the pods."""
 GROUP = "kueue.x-k8s.io"
+Method = TypeVar("Method", bound=Callable[..., Any])
 ENDED = {"success", "failed", "skipped", "upstream_failed", "removed", "restarting"}
 """States that a person gives a running task. Any other one is Airflow's, which has lost sight of this worker and will retry."""
+
+
+def patiently(method: Method) -> Method:
+    """Ask again where the API server does not answer at once, for as long as the provider does."""
+    return cast("Method", generic_api_retry(method))  # type: ignore[no-untyped-call]
 
 
 class StageEnded(AirflowException):
@@ -299,7 +306,9 @@ class StagePods(KubernetesPodOperator):
         _set_env(pod, "PET_NODE_RANK", str(node))
         _set_env(pod, "CVF_GANG", first.metadata.uid)
         found = self._read(pod.metadata.name)
-        if found and found.metadata.owner_references[0].uid != first.metadata.uid:
+        if found and found.metadata.owner_references[0].uid == first.metadata.uid:
+            return
+        if found:
             self._delete(found)
             self._await_gone([found])
         self._create(pod)
@@ -358,6 +367,7 @@ class StagePods(KubernetesPodOperator):
     def _ending(self, pod: V1Pod | None, node: int) -> Ending | None:
         return ending_of(pod) if pod else replace(GONE, node=node)
 
+    @patiently
     def _repeat_log(self, pod: V1Pod) -> None:
         node = node_of(pod)
         try:
@@ -393,10 +403,12 @@ class StagePods(KubernetesPodOperator):
             allowed = ", ".join(known) or "none is there"
             raise AirflowFailException(f"runtime.queue: {queue!r} given; allowed in namespace {namespace}: {allowed}")
 
+    @patiently
     def _pods(self) -> list[V1Pod]:
         found = self.client.list_namespaced_pod(self.namespace, label_selector=f"{LABEL}gang={self.gang}").items
         return sorted(found, key=node_of)
 
+    @patiently
     def _read(self, name: str) -> V1Pod | None:
         try:
             return self.client.read_namespaced_pod(name, self.namespace)
@@ -414,6 +426,7 @@ class StagePods(KubernetesPodOperator):
             self._delete(pod)
         self._await_gone(pods)
 
+    @patiently
     def _delete(self, pod: V1Pod) -> None:
         grace = (
             {"grace_period_seconds": 0} if pod.status.phase == "Pending" else {}
@@ -481,6 +494,7 @@ class GangTrigger(KubernetesPodTrigger):
         if deadline is not None and time.time() >= deadline:
             raise PodLaunchTimeoutException("stopped at the task's execution_timeout")
 
+    @patiently
     async def _pods(self) -> list[Any]:
         async with self.hook.get_conn() as connection:
             api = async_client.CoreV1Api(connection)
