@@ -28,7 +28,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,23 +71,26 @@ def main() -> int:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, _place(Path(folder)) as place:
         started = time.monotonic()
-        undisturbed = _train(place, "undisturbed", lambda: None)
+        undisturbed = _train(place, "undisturbed")
         seconds = time.monotonic() - started
         wrong = list(undisturbed.wrong)
         print(f"Python {platform.python_version()}, {os.cpu_count()} cores, undisturbed: {seconds:.0f} s", flush=True)
-        killed: Counter[str] = Counter()
-        tries: Counter[int] = Counter()
-        random_moment = random.Random(options.seed)  # noqa: S311
-        for number in tqdm(range(options.points), unit="point"):
-            kind = KINDS[number % len(KINDS)]
-            moment = random_moment.uniform(0, seconds)
-            outcome = _train(place, f"point-{number}", lambda kind=kind, moment=moment: _kill_later(place, kind, moment))
-            wrong += outcome.wrong
-            if outcome.weights != undisturbed.weights:
-                wrong.append(f"point-{number}: {kind} after {moment:.1f} s: other weights")
-            killed[kind] += 1
-            tries[outcome.tries] += 1
-        print(f"points: {dict(killed)}; tries needed: {dict(sorted(tries.items()))}; wrong: {len(wrong)}")
+        moments, hits, tries, missed = random.Random(options.seed), Counter[str](), Counter[int](), 0  # noqa: S311
+        with tqdm(total=options.points, unit="point") as progress:
+            while progress.n < options.points:
+                kind = KINDS[progress.n % len(KINDS)]
+                kill = Kill(place, kind, moments.uniform(0, seconds), moments)
+                outcome = _train(place, f"point-{progress.n}-{missed}", kill)
+                wrong += outcome.wrong
+                if outcome.weights != undisturbed.weights:
+                    wrong.append(f"{kind} after {kill.moment:.1f} s: other weights")
+                if not kill.hit:  # the training was over before; another moment
+                    missed += 1
+                    continue
+                hits[kind] += 1
+                tries[outcome.tries] += 1
+                progress.update()
+        print(f"hit: {dict(hits)}; tries needed: {dict(sorted(tries.items()))}; not hit: {missed}; wrong: {len(wrong)}")
         print("\n".join(wrong))
     return 1 if wrong else 0
 
@@ -101,7 +104,7 @@ class Outcome:
     wrong: list[str]
 
 
-def _train(place: Place, name: str, disturb: Callable[[], threading.Thread | None]) -> Outcome:
+def _train(place: Place, name: str, kill: Kill | None = None) -> Outcome:
     """Run a training to its end, disturbed in its first try; says what is not as it should be."""
     run = copy_run(place.home, name)
     environment = os.environ | {"KUBECONFIG": str(place.proxy.config)}
@@ -109,10 +112,11 @@ def _train(place: Place, name: str, disturb: Callable[[], threading.Thread | Non
         command = [sys.executable, "-c", OPERATOR, str(place.config), str(run), str(number)]
         with (run / f"try-{number}.log").open("wb") as log:
             worker = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            thread = disturb() if number == 1 else None
+            if kill and number == 1:
+                kill.start(worker, run)
             code = worker.wait()
-            if thread:
-                thread.join()
+            if kill:
+                kill.join()
         if code == 0:
             break
     wrong = [] if code == 0 else [f"{name}: {(run / f'try-{number}.log').read_text().splitlines()[-1]}"]
@@ -124,46 +128,62 @@ def _train(place: Place, name: str, disturb: Callable[[], threading.Thread | Non
     return Outcome(hashlib.sha256(bundle.read_bytes()).hexdigest() if bundle.exists() else "none", number, wrong)
 
 
-def _kill_later(place: Place, kind: str, moment: float) -> threading.Thread:
-    def work() -> None:
-        time.sleep(moment)
-        with suppress(psutil.Error, IndexError):  # it has ended by itself before that moment
-            KILLS[kind](place)
+class Kill(threading.Thread):
+    """One kill at a moment of a training; ``hit`` says whether there was still something to kill."""
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
+    def __init__(self, place: Place, kind: str, moment: float, choice: random.Random) -> None:
+        super().__init__(daemon=True)
+        self.place, self.kind, self.moment, self.choice = place, kind, moment, choice
+        self.hit = False
+
+    def start(self, worker: subprocess.Popen[bytes], run: Path) -> None:  # type: ignore[override]
+        self.worker, self.run_uri = worker, run.as_uri()
+        super().start()
+
+    def join(self, timeout: float | None = None) -> None:
+        if self.is_alive():
+            super().join(timeout)
+
+    def run(self) -> None:
+        """Wait for the moment, and then until there is a victim; give up with the end of the training."""
+        time.sleep(self.moment)
+        while not self.hit and self.worker.poll() is None:
+            with suppress(psutil.Error, IndexError):
+                self.hit = getattr(self, f"_{self.kind}")()
+            time.sleep(0.1)
+
+    def _worker(self) -> bool:
+        self.worker.kill()
+        return True
+
+    def _pod(self) -> bool:
+        from kubernetes import client
+
+        name = self.choice.choice(_pods(self.place))
+        with suppress(client.ApiException):
+            client.CoreV1Api().delete_namespaced_pod(name, self.place.namespace, grace_period_seconds=0)
+            return True
+        return False
+
+    def _rank(self) -> bool:
+        """The ranks of this very training: children of a launcher that was given its run."""
+        ranks = [process for process in psutil.process_iter() if "cv_factory_ops.training.worker" in _command(process)]
+        mine = [rank for rank in ranks if (parent := rank.parent()) and self.run_uri in _command(parent)]
+        self.choice.choice(mine).kill()
+        return True
+
+    def _connection(self) -> bool:
+        self.place.proxy.cut(3)
+        return True
 
 
-def _kill_worker(place: Place) -> None:
-    [worker] = [process for process in psutil.Process().children() if str(place.config) in process.cmdline()]
-    worker.kill()
-
-
-def _kill_pod(place: Place) -> None:
-    from kubernetes import client
-
-    with suppress(client.ApiException):
-        client.CoreV1Api().delete_namespaced_pod(random.choice(_pods(place)), place.namespace, grace_period_seconds=0)  # noqa: S311
-
-
-def _kill_rank(place: Place) -> None:
-    ranks = [process for process in psutil.process_iter() if _is_rank(process, place.config)]
-    random.choice(ranks).kill()  # noqa: S311
-
-
-def _is_rank(process: psutil.Process, config: Path) -> bool:
+def _command(process: psutil.Process) -> list[str]:
     with suppress(psutil.Error):
-        return "cv_factory_ops.training.worker" in process.cmdline() and process.uids().real == 1000
-    return False
+        return list(process.cmdline())
+    return []
 
 
-def _cut_connection(place: Place) -> None:
-    place.proxy.cut(3)
-
-
-KILLS = {"worker": _kill_worker, "pod": _kill_pod, "rank": _kill_rank, "connection": _cut_connection}
-KINDS = sorted(KILLS)
+KINDS = ("connection", "pod", "rank", "worker")
 
 
 def _pods(place: Place) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.records import Frozen
@@ -274,7 +274,23 @@ class SecretVolume(Frozen):
     """Where the pods see it."""
 
 
-Volume = Annotated[ClaimVolume | HostVolume | SecretVolume, Field(discriminator="kind")]
+class ConfigMapVolume(Frozen):
+    """The keys of a ConfigMap, as files: certificates of a hospital's own authority, for example."""
+
+    kind: Literal["config_map"] = "config_map"
+    config_map: str = Field(min_length=1)
+    path: str = Field(pattern="^/.")
+    """Where the pods see it."""
+
+
+Volume = Annotated[ClaimVolume | HostVolume | SecretVolume | ConfigMapVolume, Field(discriminator="kind")]
+
+Text = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) in {int, float} else given)]
+"""A string that YAML may take for a number: ``cpu: 16``."""
+
+SECRET_NAME = re.compile(r"PASS(WORD|WD|PHRASE)?(_|$)|SECRET|TOKENS?(_|$)|CREDENTIAL|PRIVATE|API_?KEY|(^|_)KEY$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+"""An address with a password in it."""
 
 
 class SecretKey(Frozen):
@@ -303,24 +319,27 @@ class PodSettings(Frozen):
     """Image with ``cvf`` in it; ``docker/trainer.Dockerfile`` builds one."""
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     image_pull_secrets: list[str] = []
-    requests: dict[str, str] = {"cpu": "1", "memory": "2Gi"}
+    requests: dict[str, Text] = {"cpu": "1", "memory": "2Gi"}
     """Resources that the scheduler sets aside for a pod."""
-    limits: dict[str, str] = {}
+    limits: dict[str, Text] = {}
     """Resources above which a pod is slowed down (cpu) or killed (memory)."""
     gpus: int = Field(default=0, ge=0)
     """GPUs of a pod, asked for as ``nvidia.com/gpu``; a training needs one for each of ``training.processes_per_node``."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, Text] = {}
     tolerations: list[Toleration] = []
     affinity: dict[str, Any] = {}
     """Kubernetes' own ``affinity`` object."""
     priority_class: str | None = None
     service_account: str | None = None
     """Service account, for example one with a cloud role. Its token is only mounted when it is named."""
-    run_as_user: int = Field(default=1000, ge=1)
-    run_as_group: int = Field(default=1000, ge=1)
+    runtime_class: str | None = None
+    """RuntimeClass, where GPUs need one."""
+    run_as_user: int | None = Field(default=1000, ge=1)
+    """Null leaves user and group to the cluster, as OpenShift wants it."""
+    run_as_group: int | None = Field(default=1000, ge=1)
     fs_group: int | None = Field(default=1000, ge=1)
     """Group that claims are made writable for; null leaves them as they are."""
-    env: dict[str, str] = {}
+    env: dict[str, Text] = {}
     """Plain variables. Passwords, keys and tokens belong into ``secret_env``."""
     secret_env: dict[str, SecretKey] = {}
     """Variables whose value is a key of a Secret."""
@@ -340,12 +359,10 @@ class PodSettings(Frozen):
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        if secret := [name for name in env if SECRET_NAME.search(name)]:
+        if secret := [name for name, value in env.items() if SECRET_NAME.search(name) or SECRET_VALUE.search(value)]:
             raise ValueError(f"variables that are no secrets; give {', '.join(secret)} by secret_env")
         return env
 
-
-SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|CREDENTIAL|PRIVATE|(^|_)KEY$", re.IGNORECASE)
 
 StageName = Literal[
     "ingest",
@@ -526,7 +543,8 @@ def _explain_one(item: Mapping[str, Any], model: type[BaseModel]) -> str:
         case "literal_error":
             return f"{path}: {item['input']!r} given; allowed: {context['expected']}"
         case _:
-            given = "a mapping" if isinstance(item["input"], dict) else repr(item["input"])[:60]
+            secret = {"env", "secret_env"} & set(location)  # who mistakes one for the other must not read a password here
+            given = "a mapping" if isinstance(item["input"], dict) else "a value" if secret else repr(item["input"])[:60]
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             return f"{path or 'project'}: {given} given; allowed: {message}"
 

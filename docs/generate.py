@@ -37,7 +37,8 @@ Environment variables, for what differs from machine to machine rather than from
 | `CVF_CONFIGS` | folder that the DAG files read projects from (default: `configs/` beside `dags/`) |
 | `CVF_AWS_CONN_ID` | Airflow connection whose AWS credentials the stages are given |
 | `CVF_GIT_SHA` | commit that a bundle names, where there is no repository |
-| `PET_NODE_RANK`, `CVF_GANG`, `POD_IP` | which node of a training this process is, the id of this launch, and the node's address; pods are given them |
+| `PET_NODE_RANK`, `CVF_GANG`, `POD_IP` | a training's node, launch and own address; pods are given them |
+| `CVF_GANG_PATIENCE` | seconds that the nodes of a training wait for one another (default: 600); pods are given it |
 | `MLFLOW_TRACKING_URI` | tracking store, instead of `mlflow.tracking_uri` |
 | `AWS_ENDPOINT_URL_SAGEMAKER` | address of SageMaker's control plane, instead of `deploy.url` (local) or AWS |
 """

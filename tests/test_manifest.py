@@ -107,18 +107,46 @@ def test_every_setting_reaches_the_manifest() -> None:
     assert made["metadata"]["annotations"] == {"note": "x", "cv-factory/project": "project: tiny"}
 
 
-@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "CVF_PSEUDONYM_KEY", "HF_TOKEN"])
+WRITTEN = {
+    "AWS_SECRET_ACCESS_KEY": "hunter2",
+    "MLFLOW_TRACKING_PASSWORD": "hunter2",
+    "DB_PASS": "hunter2",
+    "WANDB_APIKEY": "hunter2",
+    "HF_TOKEN": "hunter2",
+    "DATABASE_URL": "postgres://user:hunter2@host/db",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 def test_secret_in_plain_sight_is_refused_and_not_repeated(name: str, tmp_path: Path) -> None:
     from cv_factory_ops.config import load
 
     path = tmp_path / "project.yaml"
-    pod = f"{{image: a, env: {{{name}: hunter2}}}}"
+    pod = f"{{image: a, env: {{{name}: '{WRITTEN[name]}'}}}}"
     path.write_text(
         f"project: tiny\nlabels: [a, b]\ndata: {{source: {{kind: phantoms}}}}\nruntime: {{kind: kubernetes, pod: {pod}}}"
     )
     with pytest.raises(ConfigError, match=f"give {name} by secret_env") as error:
         load(path)
     assert "hunter2" not in str(error.value)
+
+
+def test_secret_in_the_wrong_place_is_not_repeated(tmp_path: Path) -> None:
+    from cv_factory_ops.config import load
+
+    path = tmp_path / "project.yaml"
+    pod = "{image: a, secret_env: {MLFLOW_TRACKING_PASSWORD: hunter2}}"
+    path.write_text(
+        f"project: tiny\nlabels: [a, b]\ndata: {{source: {{kind: phantoms}}}}\nruntime: {{kind: kubernetes, pod: {pod}}}"
+    )
+    with pytest.raises(ConfigError, match=r"secret_env.MLFLOW_TRACKING_PASSWORD: a value given") as error:
+        load(path)
+    assert "hunter2" not in str(error.value)
+
+
+def test_numbers_and_harmless_names_are_taken() -> None:
+    pod = PodSettings.model_validate({"image": "a", "requests": {"cpu": 16}, "env": {"TOKENIZERS_PARALLELISM": 1}})
+    assert (pod.requests["cpu"], pod.env["TOKENIZERS_PARALLELISM"]) == ("16", "1")
 
 
 def test_image_is_asked_for() -> None:
@@ -130,6 +158,9 @@ UNREACHABLE = {
     "storage": ({"storage": "/somewhere"}, {}, "train", "storage: file:///somewhere/.* lies on no volume of the pods"),
     "mlflow": ({"mlflow": {"tracking_uri": "sqlite:///var/x.db"}}, {}, "train", "mlflow.tracking_uri: sqlite:.* no volume"),
     "endpoint": ({}, {}, "deploy", "deploy.url: http://127.0.0.1:8765 is another machine to a pod"),
+    "password": ({"mlflow": {"tracking_uri": "http://u:p@mlflow"}}, {}, "train", "mlflow.tracking_uri: holds a password"),
+    "data": ({"data": {"source": {"kind": "npz", "path": "a.npz"}}}, {}, "ingest", "data.source.path: a.npz lies on no volume"),
+    "gpus": ({}, {"gpus": 2}, "train", "training.processes_per_node: 1 given, the pods have gpus: 2"),
     "key": ({}, {"secret_env": {}}, "ingest", "runtime.pod.secret_env: CVF_PSEUDONYM_KEY is missing"),
 }
 
@@ -158,12 +189,14 @@ def test_names_are_valid_short_and_the_tasks_own() -> None:
     from cv_factory_airflow.pods import pod_name
 
     name = pod_name(
-        "a_project_with_quite_a_long_name_indeed_42", "preprocess", "dag", "manual__2026-01-01T00:00:00+00:00", "t", -1
+        "a_project_with_quite_a_long_name_indeed_42", "preprocess", "dag", "manual__2026-01-01T00:00:00+00:00", "t", "-1"
     )
     assert len(f"{name}-99") <= 63
     assert name == name.lower()
     assert name.replace("-", "").isalnum()
-    others = {pod_name("tiny", "train", *given) for given in (("d", "r", "t", 0), ("d", "r", "t", 1), ("d", "r2", "t", 0))}
+    others = {
+        pod_name("tiny", "train", *given) for given in (("d", "r", "t", "0"), ("d", "r", "t", "1"), ("d", "r2", "t", "0"))
+    }
     assert len(others) == 3
 
 
@@ -198,20 +231,42 @@ def test_log_lines_are_told_once_and_the_record_not_at_all() -> None:
     assert list(watch.new_lines(0, [*first, stamp(2, "3", "three")])) == ["three"]
 
 
-def pod(node: int, phase: str = "Pending", placed: float | None = None, created: float = 0, since: float = 0) -> Any:
+def pod(
+    node: int,
+    phase: str = "Pending",
+    placed: float | None = None,
+    created: float = 0,
+    since: float = 0,
+    deleted: float | None = None,
+    containers: dict[str, int | None] | None = None,
+) -> Any:
+    """A pod as the API describes it; times in seconds before now, containers by their exit codes."""
     now = datetime.now(UTC)
     condition = SimpleNamespace(
         type="PodScheduled",
         status="True" if placed is not None else "False",
         last_transition_time=now - timedelta(seconds=placed or 0),
     )
+    statuses = [
+        SimpleNamespace(
+            name=name,
+            state=SimpleNamespace(
+                waiting=None,
+                terminated=None
+                if code is None
+                else SimpleNamespace(exit_code=code, reason="Error" if code else "Completed", message="", finished_at=now),
+            ),
+        )
+        for name, code in (containers or {}).items()
+    ]
     return SimpleNamespace(
         metadata=SimpleNamespace(
-            labels={"cv-factory/node": str(node)},
+            labels={"cv-factory/node": str(node), "cv-factory/stage": "train"},
+            deletion_timestamp=now - timedelta(seconds=deleted) if deleted is not None else None,
             annotations={"cv-factory/waiting-since": str(now.timestamp() - since)},
             creation_timestamp=now - timedelta(seconds=created),
         ),
-        status=SimpleNamespace(phase=phase, conditions=[condition], container_statuses=None, reason=None, message=None),
+        status=SimpleNamespace(phase=phase, conditions=[condition], container_statuses=statuses, reason=None, message=None),
     )
 
 
@@ -226,6 +281,23 @@ MOMENTS: dict[str, tuple[list[dict[str, Any]], bool | str]] = {
     "one has failed": ([{"phase": "Failed", "placed": 50}, {"phase": "Running", "placed": 50}], True),
     "one is gone": ([{"phase": "Running", "placed": 50}], True),
 }
+
+
+@pytest.mark.parametrize(
+    ("fields", "over"),
+    [
+        ({"containers": {"train": None, "mesh": None}}, False),
+        ({"containers": {"train": None, "mesh": 0}}, False),
+        ({"containers": {"train": 1, "mesh": None}}, True),
+        ({"containers": {"train": 0, "mesh": None}}, True),
+        ({"containers": {"train": None}, "deleted": 5}, False),
+        ({"containers": {"train": None}, "deleted": 100}, True),
+    ],
+)
+def test_a_stage_is_over_when_its_own_container_is_or_its_machine_is_lost(fields: dict[str, Any], over: bool) -> None:
+    from cv_factory_airflow.gang import Watch
+
+    assert Watch(1).over([pod(0, "Running", 1, **fields)]) is over
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -35,7 +35,7 @@ from cv_factory_ops.records import Frozen
 from cv_factory_ops.stage import Stage, node_rank
 
 PATIENCE_SECONDS = 600.0
-"""How long nodes wait for one another: images are pulled at different speeds."""
+"""How long nodes wait for one another, where ``CVF_GANG_PATIENCE`` does not say: images are pulled at different speeds."""
 POLL_SECONDS = 0.5
 WATCH_SECONDS = 2.0
 """Time between two looks, during the training, whether another node has given up."""
@@ -223,11 +223,12 @@ class Gang:
             raise PeerLost(f"lost a peer: node {node} has given up")
 
     def _wait(self, ready: Callable[[], bool], late: Callable[[], str]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        patience = float(os.environ.get("CVF_GANG_PATIENCE", PATIENCE_SECONDS))
+        deadline = time.monotonic() + patience
         while not ready():
             self._check()
             if time.monotonic() > deadline:
-                raise Unavailable(f"{late()} within {PATIENCE_SECONDS:g} s; a retry may find it")
+                raise Unavailable(f"{late()} within {patience:g} s; a retry may find it")
             time.sleep(POLL_SECONDS)
 
 

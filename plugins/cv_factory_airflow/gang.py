@@ -89,10 +89,14 @@ def node_of(pod: Any) -> int:
 def ending_of(pod: Any) -> Ending | None:
     """How a pod ended, None while it has not. Reads the models of both Kubernetes clients."""
     status = pod.status
-    terminated = next((item.state.terminated for item in status.container_statuses or [] if item.state.terminated), None)
+    now, name = datetime.now(UTC), pod.metadata.labels[f"{LABEL}stage"]
+    overdue = pod.metadata.deletion_timestamp and now - pod.metadata.deletion_timestamp > timedelta(seconds=LINGER_SECONDS)
+    if overdue and status.phase not in {"Failed", "Succeeded"}:
+        return Ending(node_of(pod), None, "NodeLost", "it was told to end and does not; its machine may be gone", now)
+    containers = [item for item in status.container_statuses or [] if item.name == name]  # a mesh adds its own
+    terminated = next((item.state.terminated for item in containers if item.state.terminated), None)
     if terminated is None and status.phase not in {"Failed", "Succeeded"}:
         return None
-    now = datetime.now(UTC)
     if terminated is None:
         return Ending(node_of(pod), None, status.reason or status.phase, status.message or "", now)
     reason = status.reason or terminated.reason or ""
@@ -158,11 +162,12 @@ class Watch:
         self.nodes = nodes
         self.broken_since: float | None = None
         self._read_until: dict[int, datetime] = {}
+        self._read_at: dict[int, float] = {}
 
     def over(self, pods: Iterable[Any]) -> bool:
         """Whether the first pod has ended, or has gone on for too long after another one failed or went away."""
         found = {node_of(pod): pod for pod in pods}
-        if 0 not in found or found[0].status.phase in {"Failed", "Succeeded"}:
+        if 0 not in found or ending_of(found[0]):
             return True
         endings = [ending_of(found[node]) if node in found else GONE for node in range(1, self.nodes)]
         if not any(ending and ending.code != 0 for ending in endings):
@@ -171,9 +176,9 @@ class Watch:
         return time.monotonic() - self.broken_since > LINGER_SECONDS
 
     def seconds_to_read(self, node: int) -> int | None:
-        """How far back a pod's log must be read; None is all of it. The API counts in whole seconds."""
-        since = self._read_until.get(node)
-        return int((datetime.now(UTC) - since).total_seconds()) + 2 if since else None
+        """How far back a pod's log must be read, by this machine's clock alone; None is all of it."""
+        read_at, self._read_at[node] = self._read_at.get(node), time.monotonic()
+        return None if read_at is None or node not in self._read_until else int(time.monotonic() - read_at) + 5
 
     def new_lines(self, node: int, lines: Iterable[str]) -> Iterator[str]:
         """The lines that were not there before; the stage's record is left out, it is the XCom."""

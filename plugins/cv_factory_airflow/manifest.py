@@ -6,6 +6,7 @@ right to ask the cluster for anything.
 
 from __future__ import annotations
 
+import posixpath
 from pathlib import PurePosixPath
 from typing import Any, assert_never
 from urllib.parse import unquote, urlsplit
@@ -13,7 +14,9 @@ from urllib.parse import unquote, urlsplit
 from airflow.providers.cncf.kubernetes.pod_generator import make_safe_label_value
 
 from cv_factory_ops.config import (
+    SECRET_VALUE,
     ClaimVolume,
+    ConfigMapVolume,
     HostVolume,
     KubernetesRuntime,
     LocalDeploy,
@@ -50,7 +53,7 @@ def manifest(
     :param owner: ``dag`` and ``run``, for the labels that costs are told apart by
     """
     pod = runtime.pod_of(stage)
-    about = {"project": project.project, "stage": stage, **owner, "gang": name, "node": "0"}
+    about = {"project": project.project, "stage": stage, **owner}
     labels = pod.labels | {f"{LABEL}{key}": make_safe_label_value(value) for key, value in about.items()}
     annotations = pod.annotations | {f"{LABEL}project": yaml}
     if runtime.queue:
@@ -61,7 +64,8 @@ def manifest(
         "metadata": {"name": name, "namespace": runtime.namespace, "labels": labels, "annotations": annotations},
         "spec": {
             "restartPolicy": "Never",
-            "containers": [_container(project, pod, stage, command)],
+            "runtimeClassName": pod.runtime_class,
+            "containers": [_container(project, runtime, stage, command)],
             "securityContext": _pod_security(pod),
             "imagePullSecrets": [{"name": secret} for secret in pod.image_pull_secrets],
             "nodeSelector": pod.node_selector,
@@ -84,37 +88,67 @@ def require_reachable(project: ProjectConfig, runtime: KubernetesRuntime, stage:
         ConfigError: with one line that says what to set.
     """
     pod = runtime.pod_of(stage)
-    if (parts := urlsplit(run)).scheme == "file" and not _on_a_volume(unquote(parts.path), pod):
+    if (parts := urlsplit(run)).scheme == "file" and not _on_a_volume(unquote(parts.path), pod, to_write=True):
         raise ConfigError(
             f"storage: {run} lies on no volume of the pods; set storage to s3://... or mount it by runtime.pod.volumes"
         )
     elsewhere = "MLFLOW_TRACKING_URI" in pod.secret_env or pod.env_from_secrets
     tracking = pod.env.get("MLFLOW_TRACKING_URI") or ("" if elsewhere else project.mlflow.tracking_uri)
-    if tracking.startswith("sqlite:") and not _on_a_volume(tracking.removeprefix("sqlite:///"), pod):
+    if SECRET_VALUE.search(tracking):
+        raise ConfigError("mlflow.tracking_uri: holds a password; give MLFLOW_TRACKING_URI by runtime.pod.secret_env")
+    if tracking.startswith("sqlite:") and not _on_a_volume(tracking.removeprefix("sqlite:///"), pod, to_write=True):
         raise ConfigError(
             f"mlflow.tracking_uri: {tracking} is a file on no volume of the pods; "
             "set it, or MLFLOW_TRACKING_URI in runtime.pod.env, to the address of a server"
         )
     if stage in {"ingest", "predict"} and not (pod.env_from_secrets or "CVF_PSEUDONYM_KEY" in pod.secret_env):
         raise ConfigError("runtime.pod.secret_env: CVF_PSEUDONYM_KEY is missing; all pods need the same key, from a Secret")
+    for name, path in _places_to_read(project, stage):
+        if "://" not in path and not _on_a_volume(path, pod):
+            raise ConfigError(f"{name}: {path} lies on no volume of the pods; give an absolute path on one, or s3://...")
+    if stage == "train" and pod.gpus and pod.gpus != project.training.processes_per_node:
+        raise ConfigError(
+            f"training.processes_per_node: {project.training.processes_per_node} given, "
+            f"the pods have gpus: {pod.gpus}; allowed: one process for each GPU"
+        )
     if stage in {"deploy", "verify"} and isinstance(project.deploy, LocalDeploy):
         url = pod.env.get("AWS_ENDPOINT_URL_SAGEMAKER") or project.deploy.url
         if urlsplit(url).hostname in {"127.0.0.1", "localhost"}:
             raise ConfigError(f"deploy.url: {url} is another machine to a pod; set it to an address that pods reach")
 
 
-def _on_a_volume(path: str, pod: PodSettings) -> bool:
-    return any(PurePosixPath(path).is_relative_to(volume.path) for volume in pod.volumes)
+def _on_a_volume(path: str, pod: PodSettings, *, to_write: bool = False) -> bool:
+    place = PurePosixPath(posixpath.normpath(path))
+    volumes = [volume for volume in pod.volumes if not (to_write and _is_read_only(volume))]
+    return any(place.is_relative_to(volume.path) for volume in volumes)
 
 
-def _container(project: ProjectConfig, pod: PodSettings, stage: str, command: list[str]) -> dict[str, Any]:
+def _is_read_only(volume: Volume) -> bool:
+    return volume.read_only if isinstance(volume, ClaimVolume | HostVolume) else True
+
+
+def _places_to_read(project: ProjectConfig, stage: str) -> list[tuple[str, str]]:
+    """Settings of a stage that name files which the user provides, and their values."""
+    source = project.data.source
+    match stage:
+        case "ingest":
+            given = {"data.source.path": getattr(source, "path", None), "data.source.labels": getattr(source, "labels", None)}
+        case "predict":
+            given = {"batch.path": project.batch.path}
+        case _:
+            given = {}
+    return [(name, path) for name, path in given.items() if path]
+
+
+def _container(project: ProjectConfig, runtime: KubernetesRuntime, stage: str, command: list[str]) -> dict[str, Any]:
+    pod = runtime.pod_of(stage)
     gpus = {"nvidia.com/gpu": str(pod.gpus)} if pod.gpus else {}
     return {
         "name": stage,
         "image": pod.image,
         "imagePullPolicy": pod.image_pull_policy,
         "command": command,
-        "env": _environment(project, pod),
+        "env": _environment(project, runtime, pod),
         "envFrom": [{"secretRef": {"name": secret}} for secret in pod.env_from_secrets],
         "resources": {"requests": pod.requests, "limits": pod.limits | gpus},
         "securityContext": {
@@ -131,9 +165,10 @@ def _container(project: ProjectConfig, pod: PodSettings, stage: str, command: li
     }
 
 
-def _environment(project: ProjectConfig, pod: PodSettings) -> list[dict[str, Any]]:
+def _environment(project: ProjectConfig, runtime: KubernetesRuntime, pod: PodSettings) -> list[dict[str, Any]]:
     home = "/tmp"  # noqa: S108 - the pod's own, and with the volumes all that it may write to
-    plain = {"HOME": home, "CVF_HOME": home, "CVF_STORAGE": project.storage_uri, "PYTHONUNBUFFERED": "1"} | pod.env
+    plain = {"HOME": home, "CVF_HOME": home, "CVF_STORAGE": project.storage_uri, "PYTHONUNBUFFERED": "1"}
+    plain |= {"CVF_GANG_PATIENCE": str(runtime.schedule_timeout + runtime.startup_timeout)} | pod.env
     fields = {"POD_IP": "status.podIP", "CVF_GANG": "metadata.uid"}
     return [
         *({"name": name, "value": value} for name, value in plain.items()),
@@ -149,8 +184,8 @@ def _pod_security(pod: PodSettings) -> dict[str, Any]:
     group = {"fsGroup": pod.fs_group, "fsGroupChangePolicy": "OnRootMismatch"} if pod.fs_group else {}
     return {
         "runAsNonRoot": True,
-        "runAsUser": pod.run_as_user,
-        "runAsGroup": pod.run_as_group,
+        **({"runAsUser": pod.run_as_user} if pod.run_as_user else {}),
+        **({"runAsGroup": pod.run_as_group} if pod.run_as_group else {}),
         "seccompProfile": {"type": "RuntimeDefault"},
         **group,
     }
@@ -180,10 +215,12 @@ def _volume(number: int, volume: Volume) -> dict[str, Any]:
             return name | {"hostPath": {"path": volume.host}}
         case SecretVolume():
             return name | {"secret": {"secretName": volume.secret}}
+        case ConfigMapVolume():
+            return name | {"configMap": {"name": volume.config_map}}
         case _:
             assert_never(volume)
 
 
 def _mount(number: int, volume: Volume) -> dict[str, Any]:
-    mount = {"name": f"volume-{number}", "mountPath": volume.path, "readOnly": getattr(volume, "read_only", True)}
+    mount = {"name": f"volume-{number}", "mountPath": volume.path, "readOnly": _is_read_only(volume)}
     return mount | ({"subPath": volume.sub_path} if isinstance(volume, ClaimVolume) and volume.sub_path else {})

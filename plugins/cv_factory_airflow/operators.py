@@ -134,8 +134,7 @@ class StageOperator(BaseOperator):
             raise AirflowFailException(str(error)) from None
         except StageEnded as ended:
             raise self._failure(ended.code, ended.lines) from None
-        content = stored(f"{run}/{self.stage}/result.json").read_text()
-        return Result.model_validate_json(content).record
+        return _read_record(f"{run}/{self.stage}/result.json")
 
     def _run_process(self, arguments: list[str]) -> Result:
         """The stage writes to files, not pipes: a dead worker must not break the pipe of a living stage."""
@@ -232,6 +231,15 @@ def load_project(config: str, settings: Sequence[str]) -> tuple[str, ProjectConf
         return file, load(file, settings)
     except ConfigError as error:
         raise AirflowFailException(str(error)) from None
+
+
+def _read_record(uri: str) -> dict[str, Any]:
+    """The record that a pod has published, read by this worker's own way to the storage."""
+    try:
+        return Result.model_validate_json(stored(uri).read_text()).record
+    except Exception as error:  # whatever the storage's client raises
+        reason = f"{uri}: the stage is done, but this Airflow worker cannot read its record ({type(error).__name__})"
+        raise AirflowException(f"{reason}; it needs the storage's credentials, or the pods' volume") from None
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -12,19 +12,30 @@ import copy
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import generic_api_retry
+from airflow.providers.cncf.kubernetes.kubernetes_helper_functions import KubernetesApiException, generic_api_retry
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.providers.cncf.kubernetes.triggers.pod import KubernetesPodTrigger
-from airflow.providers.cncf.kubernetes.utils.pod_manager import PodLaunchTimeoutException
+from airflow.providers.cncf.kubernetes.utils.pod_manager import PodLaunchTimeoutException, PodManager
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowTaskTimeout
 from airflow.triggers.base import TriggerEvent
-from kubernetes.client import ApiException, ApisApi, CustomObjectsApi, V1EnvVar, V1OwnerReference, V1Pod
+from kubernetes.client import (
+    ApiException,
+    ApisApi,
+    CustomObjectsApi,
+    V1DeleteOptions,
+    V1EnvVar,
+    V1OwnerReference,
+    V1Pod,
+    V1Preconditions,
+)
 from kubernetes.config import ConfigException
 from kubernetes_asyncio import client as async_client
 from urllib3.exceptions import HTTPError
@@ -52,6 +63,9 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 1.0
 """Between two looks at the pods."""
 GROUP = "kueue.x-k8s.io"
+WORK = f"{LABEL}work"
+"""Annotation: digest of what the pods do, so that a pod of other settings is not taken for this task's."""
+MOST_ERRORS = 20
 Method = TypeVar("Method", bound=Callable[..., Any])
 ENDED = {"success", "failed", "skipped", "upstream_failed", "removed", "restarting"}
 """States that a person gives a running task. Any other one is Airflow's, which has lost sight of this worker and will retry."""
@@ -79,10 +93,20 @@ class Interrupted(BaseException):
     """SIGTERM: not an ``Exception``, so that nothing on the way to :meth:`StagePods.run` takes it for an error."""
 
 
-def pod_name(project: str, stage: str, dag_id: str, run_id: str, task_id: str, map_index: int | None) -> str:
-    """The name of a task's first pod: the same in every try, and for no other task."""
-    digest = hashlib.sha256(f"{dag_id} {run_id} {task_id} {map_index}".encode()).hexdigest()[:10]
-    return f"cvf-{project.replace('_', '-')[:28].rstrip('-')}-{stage}-{digest}"
+def pod_name(project: str, stage: str, *task: str) -> str:
+    """The name of a task's first pod: the same in every try, and for no other task of any Airflow."""
+    return f"cvf-{project.replace('_', '-')[:28].rstrip('-')}-{stage}-{_digest(*task)}"
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
+
+
+class Manager(PodManager):
+    """The provider's, but for one wait: a pod is over when its stage is, whatever else a mesh has put into it."""
+
+    def await_pod_completion(self, pod: V1Pod, *_: Any, **__: Any) -> V1Pod:
+        return self.read_pod(pod)
 
 
 class StagePods(KubernetesPodOperator):
@@ -102,7 +126,7 @@ class StagePods(KubernetesPodOperator):
         runtime = cast("KubernetesRuntime", project.runtime)
         require_reachable(project, runtime, stage, run)
         ti = context["ti"]
-        name = pod_name(project.project, stage, ti.dag_id, ti.run_id, ti.task_id, ti.map_index)
+        name = pod_name(project.project, stage, run, ti.dag_id, ti.run_id, ti.task_id, str(ti.map_index))
         overrides = [part for setting in settings for part in ("--set", setting)]
         command = ["cvf", stage, "--config", PROJECT_FILE, "--run", run, *overrides]
         owner = {"dag": ti.dag_id, "run": str(ti.run_id)}
@@ -125,6 +149,7 @@ class StagePods(KubernetesPodOperator):
         self.stage = stage
         self.runtime = runtime
         self.gang = name
+        self.work = _digest(*command, yaml, runtime.pod_of(stage).image)
         nodes = project.training.nodes if stage == "train" else 1
         patience = runtime.schedule_timeout if runtime.queue else runtime.gang_patience
         self.limits = Limits(nodes, runtime.schedule_timeout, runtime.startup_timeout, patience)
@@ -133,6 +158,7 @@ class StagePods(KubernetesPodOperator):
         self.retreats = 0
         self.watch = Watch(nodes)
         self.watching = False
+        self.stopped = False
 
     def run(self, context: Context, event: dict[str, Any] | None = None) -> None:
         """Run the stage to its end; with an ``event`` of the trigger, go on after it.
@@ -144,16 +170,9 @@ class StagePods(KubernetesPodOperator):
         """
         self.watching = True
         try:
-            self._run(context, event)
-        except (AirflowTaskTimeout, KeyboardInterrupt):
-            self._remove()
-            raise
-        except Interrupted:
-            if _task_state(context) in ENDED:
-                self._remove()
-            raise AirflowException(f"cvf {self.stage}: this worker is told to stop; a retry rejoins what still runs") from None
+            self._run_until_told(context, event)
         except ApiException as error:
-            raise explained(error) from None
+            raise AirflowException(f"{_words(error)}; a retry rejoins what runs") from None
         except HTTPError as error:
             raise AirflowException(f"Kubernetes: does not answer ({type(error).__name__}); a retry rejoins what runs") from None
         except ConfigException as error:
@@ -164,7 +183,20 @@ class StagePods(KubernetesPodOperator):
     def on_kill(self) -> None:
         """Airflow's SIGTERM: leave the watch; :meth:`run` then asks whether the task was cancelled or its worker is going."""
         if self.watching:
+            self.watching, self.stopped = False, True
             raise Interrupted
+
+    def _run_until_told(self, context: Context, event: dict[str, Any] | None) -> None:
+        """Who cancels the task, or its time, removes the pods; a worker that must go leaves them to the retry."""
+        try:
+            self._run(context, event)
+        except (AirflowTaskTimeout, KeyboardInterrupt):
+            self._remove()
+            raise
+        except Interrupted:
+            if _task_state(context) in ENDED:
+                self._remove()
+            raise AirflowException(f"cvf {self.stage}: this worker is told to stop; a retry rejoins what still runs") from None
 
     def _run(self, context: Context, event: dict[str, Any] | None) -> None:
         while True:
@@ -182,6 +214,7 @@ class StagePods(KubernetesPodOperator):
                 self.restarts += 1
                 self.waiting_since = time.time()
                 self.log.warning("%s; starting again (%d of %d)", lost, self.restarts, self.runtime.restarts)
+                time.sleep(min(5 * 2**self.restarts, 60) if self.restarts > 1 else 0)
             except NotStarted:
                 self.retreats += 1
                 pause = min(5 * 2**self.retreats, 120)
@@ -192,7 +225,7 @@ class StagePods(KubernetesPodOperator):
 
     def build_pod_request_obj(self, context: Context | None = None, *, dry_run: bool = False) -> V1Pod:
         pod = super().build_pod_request_obj(context, dry_run=dry_run)
-        pod.metadata.annotations[WAITING_SINCE] = str(int(self.waiting_since))
+        pod.metadata.annotations |= {WAITING_SINCE: str(int(self.waiting_since)), WORK: self.work}
         if self.limits.nodes > 1:
             _set_env(pod, "PET_NODE_RANK", "0")
         if self.runtime.queue:
@@ -201,13 +234,20 @@ class StagePods(KubernetesPodOperator):
             pod.metadata.annotations[f"{GROUP}/pod-group-total-count"] = str(self.limits.nodes)
         return pod
 
+    @cached_property
+    def pod_manager(self) -> PodManager:
+        return Manager(kube_client=self.client, callbacks=self.callbacks)
+
     def get_or_create_pod(self, pod_request_obj: V1Pod, context: Context) -> V1Pod:
         """The first pod of the gang: the one that an earlier try has left running or well ended, or a new one."""
         self.namespace = pod_request_obj.metadata.namespace
-        first = self._left_by_an_earlier_try() or self._create(pod_request_obj)
-        if not ending_of(first):
-            for node in range(1, self.limits.nodes):
-                self._create_node(pod_request_obj, first, node)
+        try:
+            first = self._left_by_an_earlier_try() or self._create(pod_request_obj)
+            if not ending_of(first):
+                for node in range(1, self.limits.nodes):
+                    self._create_node(pod_request_obj, first, node)
+        except ApiException as error:
+            raise explained(error) from None
         return first
 
     def await_pod_start(self, pod: V1Pod) -> None:
@@ -237,7 +277,7 @@ class StagePods(KubernetesPodOperator):
         context: Context | None = None,
     ) -> None:
         """Remove what has ended, and say how. What still runs is left for the retry: then the watcher failed, not the stage."""
-        if self.pod is None:
+        if self.pod is None or self.stopped or isinstance(sys.exc_info()[1], AirflowTaskTimeout):
             return
         found = {node_of(each): each for each in self._pods()}
         if not self.watch.over(found.values()):
@@ -277,19 +317,32 @@ class StagePods(KubernetesPodOperator):
                 self._give_up(event["message"])
             case "success" if self.pod is None:
                 return
-            case "failed":
+            case "success":
+                super().trigger_reentry(context, event)
+            case "error" if self.pod is not None and not ending_of(self.pod):
+                self._wait_on(context, event)
+            case _:
                 self.pod = self.pod or V1Pod()
                 self.watch.broken_since = -math.inf
                 self.cleanup(self.pod, self.pod, context=context)
-            case _:
-                super().trigger_reentry(context, event)
+                raise AirflowException(f"cvf {self.stage}: the triggerer stopped watching ({event['message']})")
+
+    def _wait_on(self, context: Context, event: dict[str, Any]) -> None:
+        """The triggerer could not look, the pods run: it looks again, so many times that an outage of minutes costs nothing."""
+        errors = event.get("errors", 0) + 1
+        if errors > MOST_ERRORS:
+            raise AirflowException(f"cvf {self.stage}: the triggerer cannot watch the pods: {event['message']}")
+        self.log.warning("the triggerer could not look after the pods: %s", event["message"])
+        self.trigger_kwargs = {"errors": errors}
+        self.invoke_defer_method(context=context)
 
     def _left_by_an_earlier_try(self) -> V1Pod | None:
-        """The first pod that is there; None where there is none, or once a failed or vanishing one is gone."""
+        """The first pod that is there; None where there is none, or once one that has failed or did other work is gone."""
         first = self._read(self.gang)
         if first is None:
             return None
-        if first.metadata.deletion_timestamp is None and first.status.phase != "Failed":
+        same = (first.metadata.annotations or {}).get(WORK) == self.work
+        if same and first.metadata.deletion_timestamp is None and first.status.phase != "Failed":
             self.log.info("rejoining pod %s, which an earlier try has started (%s)", self.gang, first.status.phase)
             self.waiting_since = waiting_since(first)
             return first
@@ -316,13 +369,17 @@ class StagePods(KubernetesPodOperator):
     def _create(self, pod: V1Pod) -> V1Pod:
         """Create a pod; one that is already there is ours, because only this task makes this name."""
         try:
-            return self.client.create_namespaced_pod(pod.metadata.namespace, pod)
+            return self._post(pod)
         except ApiException as error:
             if error.status == 409 and (found := self._read(pod.metadata.name)):
                 return found
             if pod.metadata.name != self.gang:
                 self._remove()
-            raise explained(error) from None
+            raise
+
+    @patiently
+    def _post(self, pod: V1Pod) -> V1Pod:
+        return self.client.create_namespaced_pod(pod.metadata.namespace, pod)
 
     def _give_up(self, problem: str) -> None:
         """Remove pods that did not start.
@@ -331,9 +388,13 @@ class StagePods(KubernetesPodOperator):
             NotStarted: some had room, others not: try again later.
             AirflowException: with the words of Kubernetes.
         """
-        words = "; ".join(dict.fromkeys(filter(None, map(self._waits_for, self._pods()))))
-        self._remove()
-        self.pod = None
+        words = ""
+        try:
+            with suppress(ApiException, HTTPError):  # without a right to read events, the pods must still go
+                words = "; ".join(dict.fromkeys(filter(None, map(self._waits_for, self._pods()))))
+        finally:
+            self._remove()
+            self.pod = None
         if problem == "retreat" and time.time() - self.waiting_since < self.limits.schedule_timeout:
             raise NotStarted(problem)
         match problem:
@@ -361,8 +422,12 @@ class StagePods(KubernetesPodOperator):
         told = [f"{item.reason}: {' '.join(item.message.split())}" for item in waiting if item.message]
         if told or pod.status.phase == "Running":
             return "".join(told[:1])
-        warnings = [event for event in self.pod_manager.read_pod_events(pod).items if event.type == "Warning"]
-        return f"{warnings[-1].reason}: {' '.join(warnings[-1].message.split())}" if warnings else ""
+        events = self.client.list_namespaced_event(
+            self.namespace, field_selector=f"involvedObject.uid={pod.metadata.uid}"
+        ).items
+        warnings = [event for event in events if event.type == "Warning" and event.message]
+        last = max(warnings, key=lambda event: event.last_timestamp or event.metadata.creation_timestamp, default=None)
+        return f"{last.reason}: {' '.join(last.message.split())}" if last else ""
 
     def _ending(self, pod: V1Pod | None, node: int) -> Ending | None:
         return ending_of(pod) if pod else replace(GONE, node=node)
@@ -428,13 +493,14 @@ class StagePods(KubernetesPodOperator):
 
     @patiently
     def _delete(self, pod: V1Pod) -> None:
-        grace = (
-            {"grace_period_seconds": 0} if pod.status.phase == "Pending" else {}
-        )  # an older kubelet takes a minute for those
+        """Delete this very pod, not one that has taken its name since."""
+        options = V1DeleteOptions(preconditions=V1Preconditions(uid=pod.metadata.uid))
+        if pod.status.phase == "Pending":  # nothing runs in it, and an older kubelet takes a minute to notice that it should go
+            options.grace_period_seconds = 0
         try:
-            self.client.delete_namespaced_pod(pod.metadata.name, self.namespace, **grace)
+            self.client.delete_namespaced_pod(pod.metadata.name, self.namespace, body=options)
         except ApiException as error:
-            if error.status != 404:
+            if error.status not in {404, 409}:
                 raise
 
     def _await_gone(self, pods: list[V1Pod]) -> None:
@@ -496,9 +562,12 @@ class GangTrigger(KubernetesPodTrigger):
 
     @patiently
     async def _pods(self) -> list[Any]:
-        async with self.hook.get_conn() as connection:
-            api = async_client.CoreV1Api(connection)
-            found = await api.list_namespaced_pod(self.pod_namespace, label_selector=f"{LABEL}gang={self.gang}")
+        try:
+            async with self.hook.get_conn() as connection:
+                api = async_client.CoreV1Api(connection)
+                found = await api.list_namespaced_pod(self.pod_namespace, label_selector=f"{LABEL}gang={self.gang}")
+        except TimeoutError as error:  # the provider would take it for the end of the task's time
+            raise KubernetesApiException("no answer in time") from error
         return sorted(found.items, key=node_of)
 
     async def _repeat_log(self, pod: Any) -> None:
@@ -514,13 +583,18 @@ class GangTrigger(KubernetesPodTrigger):
 
 
 def explained(error: ApiException) -> AirflowException:
-    """The API server's own words in one line; a wrong setting or a missing right is not tried again."""
-    words = str(error.reason)
-    with suppress(ValueError, TypeError, AttributeError):
-        words = json.loads(error.body)["message"]
-    line = f"Kubernetes: {' '.join(words.split())}"
+    """Why pods could not be created; a wrong setting or a missing right is not tried again."""
+    words = _words(error)
     lasting = error.status in {400, 403, 404, 422} and "exceeded quota" not in words
-    return AirflowFailException(line) if lasting else AirflowException(line)
+    return AirflowFailException(words) if lasting else AirflowException(words)
+
+
+def _words(error: ApiException) -> str:
+    """The API server's own words, in one line."""
+    words = str(error.reason)
+    with suppress(ValueError, TypeError, AttributeError, KeyError):
+        words = json.loads(error.body)["message"]
+    return f"Kubernetes: {' '.join(words.split())}"
 
 
 def _set_env(pod: V1Pod, name: str, value: str) -> None:

@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,15 +116,17 @@ class Seen:
 
         self.pods: dict[str, Any] = {}
         self._watch = watch.Watch()
-        self._stream = self._watch.stream(api.list_namespaced_pod, namespace, timeout_seconds=600)
-        threading.Thread(target=self._collect, daemon=True).start()
+        self._stream = self._watch.stream(api.list_namespaced_pod, namespace, timeout_seconds=1800)
+        self._thread = threading.Thread(target=self._collect, daemon=True)
+        self._thread.start()
 
     def _collect(self) -> None:
-        with suppress(HTTPError):  # the watch is over
-            for event in self._stream:
-                self.pods[event["object"].metadata.uid] = event["object"]
+        for event in self._stream:
+            self.pods[event["object"].metadata.uid] = event["object"]
 
     def stop(self) -> None:
+        """End the watch, which must have gone on until now: a pod that was not seen is not counted."""
+        assert self._thread.is_alive()
         self._watch.stop()
 
 

@@ -106,9 +106,9 @@ def test_failing_rank_ends_all_with_its_reason(api: Any, namespace: str, train: 
 
 def test_gang_without_room_for_all_holds_nothing(api: Any, namespace: str, train: Train, seen: Seen, one_gpu: None) -> None:
     operator = train(
-        limits={"stages": {"train": {"gpus": 1}}, "gang_patience": 2, "schedule_timeout": 15}, training=LONG | {"epochs": 1}
+        limits={"stages": {"train": {"gpus": 1}}, "gang_patience": 2, "schedule_timeout": 30}, training=LONG | {"epochs": 1}
     )
-    with pytest.raises(AirflowException, match=r"cvf train: no room for 2 pods within 15 s .*: .*Insufficient nvidia.com/gpu"):
+    with pytest.raises(AirflowException, match=r"cvf train: no room for 2 pods within 30 s .*: .*Insufficient nvidia.com/gpu"):
         operator.execute(context("train"))
     trained = [pod for pod in seen.pods.values() if "train" in pod.metadata.name]
     assert len(trained) >= 4, "the gang never made room"

@@ -147,6 +147,34 @@ def test_wrong_setting_is_one_clear_line_and_leaves_no_pod(api: Any, namespace: 
     assert names(api, namespace) == []
 
 
+def test_pods_that_do_not_start_are_removed_also_by_who_must_not_read_events(
+    api: Any, namespace: str, stage: Stage, other_cluster: Callable[..., dict[str, str]], may_run_pods: str
+) -> None:
+    limits = other_cluster(user={"token": may_run_pods}) | {"startup_timeout": 3}
+    operator = stage("Ingest", limits=limits)
+    _merge_pod(Path(operator.config), {"volumes": [{"kind": "secret", "secret": "lost", "path": "/keys"}]})
+    with pytest.raises(AirflowException, match="not started within 3 s"):
+        operator.execute(context("ingest"))
+    assert names(api, namespace) == []
+
+
+def test_pod_of_other_settings_is_not_taken_for_this_task(api: Any, namespace: str, stage: Stage, seen: Seen) -> None:
+    kill_worker_when(stage("Ingest"), lambda: names(api, namespace))
+    until(lambda: phases(api, namespace) == ["Succeeded"])
+    record = stage("Ingest", '{"data.source.patients": 80}').execute(context("ingest", try_number=2))
+    assert record["accepted"] > 80
+    assert len(seen.pods) == 2
+
+
+def test_record_that_this_worker_cannot_read_is_one_line(operators: ModuleType, shared: Path) -> None:
+    place = (shared / "nowhere" / "result.json").as_uri()
+    with pytest.raises(
+        AirflowException, match=r"the stage is done, but this Airflow worker cannot read its record \(FileNotFound"
+    ) as e:
+        operators._read_record(place)
+    assert "\n" not in str(e.value)
+
+
 def test_unknown_queue_is_named(namespace: str, stage: Stage, kueue: None) -> None:
     """Kueue's kind without its controller, of which there is no build for so old a cluster."""
     line = f"runtime.queue: 'gpus' given; allowed in namespace {namespace}: none is there"
@@ -191,11 +219,12 @@ def may_run_pods(api: Any, namespace: str) -> str:
     from kubernetes import client
 
     rules = [
-        {"apiGroups": [""], "resources": ["pods"], "verbs": ["create", "get", "list", "delete", "patch"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["create", "get", "list", "delete"]},
         {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
-        {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
     ]
     access, about = client.RbacAuthorizationV1Api(), {"metadata": {"name": "airflow"}}
+    if any(item.metadata.name == "airflow" for item in api.list_namespaced_service_account(namespace).items):
+        return _token_of(api, namespace, "airflow")
     api.create_namespaced_service_account(namespace, about)
     access.create_namespaced_role(namespace, about | {"rules": rules})
     subject = {"kind": "ServiceAccount", "name": "airflow", "namespace": namespace}
