@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,8 +122,9 @@ class Seen:
         self._thread.start()
 
     def _collect(self) -> None:
-        for event in self._stream:
-            self.pods[event["object"].metadata.uid] = event["object"]
+        with suppress(HTTPError):  # :meth:`stop` looks whether that came too early
+            for event in self._stream:
+                self.pods[event["object"].metadata.uid] = event["object"]
 
     def stop(self) -> None:
         """End the watch, which must have gone on until now: a pod that was not seen is not counted."""
