@@ -5,6 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+from cv_factory_ops.config import KubernetesRuntime, ProjectConfig
+from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,3 +41,10 @@ def test_the_readme_names_only_targets_that_exist() -> None:
 def test_every_setting_has_its_meaning() -> None:
     rows = [line for line in (ROOT / "docs" / "configuration.md").read_text().splitlines() if line.startswith("| `")]
     assert [row for row in rows if row.rstrip().endswith("| |")] == []
+
+
+def test_the_project_in_kubernetes_is_a_valid_one() -> None:
+    pages = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "kubernetes.md").read_text(), re.DOTALL)
+    config = ProjectConfig.model_validate(TINY | yaml.safe_load(pages[0]))
+    assert isinstance(config.runtime, KubernetesRuntime)
+    assert config.runtime.pod_of("train").gpus == config.training.processes_per_node

@@ -1,8 +1,8 @@
 """A stage in Kubernetes: one pod, or one pod a node of a training, and still one Airflow task.
 
-``StagePods`` is a KubernetesPodOperator: finding its pod again, deferral, log streaming and callbacks are the provider's. It
-adds the further nodes (owned by the first pod, so nothing outlives it), one verdict over all of them, and pods that were lost
-and start again. A pod's name follows from DAG, run and task, so a second try can only ever find the first one's pods.
+``StagePods`` is a KubernetesPodOperator: making the pod, following it, deferral, re-entry, callbacks and retried API calls are
+the provider's. It adds the further nodes (owned by the first pod, so nothing outlives it), one verdict over all of them, lost
+pods that start again, and one name for a task's pods, so that a second try can only ever find the first one's.
 """
 
 from __future__ import annotations
@@ -243,7 +243,9 @@ class StagePods(KubernetesPodOperator):
         self.namespace = pod_request_obj.metadata.namespace
         try:
             first = self._left_by_an_earlier_try() or self._create(pod_request_obj)
-            if not ending_of(first):
+            if ending_of(first):
+                self._repeat_log(first)  # nobody watched it end
+            else:
                 for node in range(1, self.limits.nodes):
                     self._create_node(pod_request_obj, first, node)
         except ApiException as error:

@@ -27,28 +27,15 @@ import yaml
 from cv_factory_airflow import run_uri
 from cv_factory_ops.stage import TRAINING
 from local.cluster import address, runtime
-from local.stack import Stack, sourced
+from local.stack import CHECKOUT, Stack, sourced
 from tests.conftest import TINY
 from tests.kubernetes.conftest import PSEUDONYM_KEY, Seen, names, phases, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
 
-ROLE = """
-apiVersion: rbac.authorization.k8s.io/v1
-kind: Role
-metadata:
-  name: cv-factory
-rules:
-- apiGroups: [""]
-  resources: [pods]
-  verbs: [create, get, list, delete]
-- apiGroups: [""]
-  resources: [pods/log]
-  verbs: [get]
-- apiGroups: [""]
-  resources: [events]
-  verbs: [list]
-"""
+PAGE = (CHECKOUT / "docs" / "kubernetes.md").read_text()
+ROLE = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1]) | {"metadata": {"name": "cv-factory"}}
+"""The role that the documentation gives to Airflow."""
 
 DAGS = '''
 """One task each: a test waits for nothing else."""
@@ -98,7 +85,7 @@ def connection(api: Any, namespace: str, folder: Path) -> str:
     account = {"kind": "ServiceAccount", "name": "airflow", "namespace": namespace}
     api.create_namespaced_service_account(namespace, {"metadata": {"name": "airflow"}})
     rights = client.RbacAuthorizationV1Api()
-    rights.create_namespaced_role(namespace, yaml.safe_load(ROLE))
+    rights.create_namespaced_role(namespace, ROLE)
     reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "cv-factory"}
     binding = {"metadata": {"name": "cv-factory"}, "subjects": [account], "roleRef": reference}
     rights.create_namespaced_role_binding(namespace, binding)
@@ -270,7 +257,7 @@ def test_airflow_may_do_what_the_role_says_and_not_enter_pods(api: Any, namespac
         body = {"spec": {"user": f"system:serviceaccount:{namespace}:airflow", "resourceAttributes": attributes}}
         return bool(client.AuthorizationV1Api().create_subject_access_review(body).status.allowed)
 
-    rules = yaml.safe_load(ROLE)["rules"]
+    rules = ROLE["rules"]
     assert all(allowed(verb, resource) for rule in rules for verb in rule["verbs"] for resource in rule["resources"])
     for verb, resource in (("create", "pods/exec"), ("get", "secrets"), ("patch", "pods"), ("watch", "pods")):
         assert not allowed(verb, resource)
