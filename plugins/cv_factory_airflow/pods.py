@@ -308,7 +308,8 @@ class StagePods(KubernetesPodOperator):
         super().defer(trigger=GangTrigger(gang=self.gang, limits=vars(self.limits), **arguments), **kwargs)
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> None:
-        self.restarts, self.retreats = event.get("restarts", 0), event.get("retreats", 0)
+        self.restarts = event.get("restarts", self.restarts)
+        self.retreats = event.get("retreats", self.retreats)
         self.namespace = event["namespace"]
         self.get_logs = False  # the trigger has repeated them
         found = {node_of(pod): pod for pod in self._pods()}

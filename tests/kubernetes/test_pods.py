@@ -54,13 +54,17 @@ def test_stage_runs_in_a_pod_and_its_record_is_returned(
     assert PSEUDONYM_KEY not in str(pod)
 
 
-def test_finished_pod_of_a_killed_worker_is_not_paid_twice(api: Any, namespace: str, stage: Stage, seen: Seen) -> None:
+def test_finished_pod_of_a_killed_worker_is_not_paid_twice_and_its_log_is_not_lost(
+    api: Any, namespace: str, stage: Stage, seen: Seen, capfd: pytest.CaptureFixture[str]
+) -> None:
     operator = stage("Ingest")
     kill_worker_when(operator, lambda: names(api, namespace))
     until(lambda: [pod.status.phase for pod in api.list_namespaced_pod(namespace).items] == ["Succeeded"])
+    capfd.readouterr()
     assert operator.execute(context("ingest", try_number=2))["accepted"] > 0
     assert len(seen.pods) == 1
     assert names(api, namespace) == []
+    assert "".join(capfd.readouterr()).count("generating phantoms of 60 patients") == 1
 
 
 def test_running_pod_of_a_killed_worker_is_rejoined(
