@@ -88,6 +88,30 @@ def test_failed_pod_of_a_killed_worker_makes_room_for_a_new_one(api: Any, namesp
     assert names(api, namespace) == []
 
 
+def test_storage_may_lie_on_a_claim(api: Any, namespace: str, stage: Stage, shared: Path, claim: Path) -> None:
+    operator = stage("Ingest", storage=str(claim / "storage"))
+    _merge_pod(Path(operator.config), {"volumes": [{"kind": "claim", "claim": "storage", "path": str(claim)}]})
+    assert operator.execute(context("ingest"))["accepted"] > 0
+    assert (claim / "storage" / "tiny" / "runs" / "tiny_training.manual__1" / "ingest" / "result.json").exists()
+
+
+@pytest.fixture
+def claim(api: Any, namespace: str, shared: Path) -> Iterator[Path]:
+    """A bound claim named ``storage``, whose volume is a folder of this machine."""
+    folder = shared / "claim"
+    folder.mkdir()
+    os.chown(folder, 1000, 1000)
+    size, once = {"storage": "1Gi"}, {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
+    volume = {"hostPath": {"path": str(folder)}, "capacity": size, "claimRef": {"name": "storage", "namespace": namespace}}
+    api.create_persistent_volume({"metadata": {"name": namespace}, "spec": volume | once})
+    wanted = {"resources": {"requests": size}, "volumeName": namespace}
+    api.create_namespaced_persistent_volume_claim(namespace, {"metadata": {"name": "storage"}, "spec": wanted | once})
+    until(lambda: api.read_namespaced_persistent_volume_claim("storage", namespace).status.phase == "Bound")
+    yield folder
+    api.delete_namespaced_persistent_volume_claim("storage", namespace)
+    api.delete_persistent_volume(namespace)
+
+
 def test_evicted_pod_is_started_again_in_the_same_try(
     api: Any, namespace: str, stage: Stage, seen: Seen, capfd: pytest.CaptureFixture[str]
 ) -> None:
