@@ -23,13 +23,11 @@ import random
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -38,7 +36,7 @@ import psutil
 import yaml
 from tqdm import tqdm
 
-from local.cluster import copy_run, mlflow_server, namespace, prepare
+from local.cluster import Place, copy_run, place
 
 TRAINING = {"epochs": 8, "batch_size": 4, "nodes": 2, "processes_per_node": 1, "learning_rate": 0.003}
 TRIES = 3
@@ -52,26 +50,15 @@ operator._run_pods(context("train", sys.argv[2].rsplit("/", 1)[1], try_number=in
 """
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the trainings run."""
-
-    home: Path
-    namespace: str
-    config: Path
-    tracking_uri: str
-    proxy: Proxy
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--points", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder, _place(Path(folder)) as place:
+    with place({}, training=TRAINING) as there, Proxy(there.home.parent) as proxy:
         started = time.monotonic()
-        undisturbed = _train(place, "undisturbed")
+        undisturbed = _train(there, proxy, "undisturbed")
         seconds = time.monotonic() - started
         wrong = list(undisturbed.wrong)
         print(f"Python {platform.python_version()}, {os.cpu_count()} cores, undisturbed: {seconds:.0f} s", flush=True)
@@ -79,8 +66,8 @@ def main() -> int:
         with tqdm(total=options.points, unit="point") as progress:
             while progress.n < options.points:
                 kind = KINDS[progress.n % len(KINDS)]
-                kill = Kill(place, kind, moments.uniform(0, seconds), moments)
-                outcome = _train(place, f"point-{progress.n}-{missed}", kill)
+                kill = Kill(there, proxy, kind, moments.uniform(0, seconds), moments)
+                outcome = _train(there, proxy, f"point-{progress.n}-{missed}", kill)
                 wrong += outcome.wrong
                 if outcome.weights != undisturbed.weights:
                     wrong.append(f"{kind} after {kill.moment:.1f} s: other weights")
@@ -104,10 +91,10 @@ class Outcome:
     wrong: list[str]
 
 
-def _train(place: Place, name: str, kill: Kill | None = None) -> Outcome:
+def _train(place: Place, proxy: Proxy, name: str, kill: Kill | None = None) -> Outcome:
     """Run a training to its end, disturbed in its first try; says what is not as it should be."""
     run = copy_run(place.home, name)
-    environment = os.environ | {"KUBECONFIG": str(place.proxy.config)}
+    environment = os.environ | {"KUBECONFIG": str(proxy.config)}
     for number in range(1, TRIES + 1):
         command = [sys.executable, "-c", OPERATOR, str(place.config), str(run), str(number)]
         with (run / f"try-{number}.log").open("wb") as log:
@@ -131,9 +118,9 @@ def _train(place: Place, name: str, kill: Kill | None = None) -> Outcome:
 class Kill(threading.Thread):
     """One kill at a moment of a training; ``hit`` says whether there was still something to kill."""
 
-    def __init__(self, place: Place, kind: str, moment: float, choice: random.Random) -> None:
+    def __init__(self, place: Place, proxy: Proxy, kind: str, moment: float, choice: random.Random) -> None:
         super().__init__(daemon=True)
-        self.place, self.kind, self.moment, self.choice = place, kind, moment, choice
+        self.place, self.proxy, self.kind, self.moment, self.choice = place, proxy, kind, moment, choice
         self.hit = False
 
     def start(self, worker: subprocess.Popen[bytes], run: Path) -> None:  # type: ignore[override]
@@ -173,7 +160,7 @@ class Kill(threading.Thread):
         return True
 
     def _connection(self) -> bool:
-        self.place.proxy.cut(3)
+        self.proxy.cut(3)
         return True
 
 
@@ -199,17 +186,6 @@ def _mlflow_runs(place: Place, run: Path) -> int:
     client = MlflowClient(place.tracking_uri)
     experiment = client.get_experiment_by_name("tiny")
     return len(client.search_runs([experiment.experiment_id], f"tags.`cvf.run` = '{run.as_uri()}'"))
-
-
-@contextmanager
-def _place(folder: Path) -> Iterator[Place]:
-    home, server = folder / "home", folder / "mlflow"
-    home.mkdir()
-    server.mkdir()
-    folder.chmod(0o755)
-    os.environ |= {"CVF_HOME": str(home), "AIRFLOW_HOME": f"{folder}/airflow"}
-    with namespace("a key") as name, mlflow_server(server) as url, Proxy(folder) as proxy:
-        yield Place(home, name, prepare(home, name, url, training=TRAINING), url, proxy)
 
 
 class Proxy:

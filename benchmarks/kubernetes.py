@@ -17,19 +17,16 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from local import cluster
-from local.cluster import context, copy_run, mlflow_server, namespace, prepare
+from local.cluster import Place, context, copy_run, place
 
 FIRST_STEP = "steps an epoch"
 """What rank 0 logs when it begins."""
@@ -39,7 +36,6 @@ OPERATOR = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
 from cv_factory_airflow.operators import TrainOperator
-from local import cluster
 from local.cluster import context
 operator = TrainOperator(
     task_id="train", config=sys.argv[1], run=sys.argv[2], data="", overrides=sys.argv[3], runtime="kubernetes"
@@ -49,34 +45,18 @@ print(json.dumps({"started": started, "record": operator._run_pods(context("trai
 """
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the rounds are run."""
-
-    home: Path
-    namespace: str
-    config: Path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, seed 0, {options.rounds} rounds")
-    with tempfile.TemporaryDirectory() as folder, namespace("a key") as name:
-        home, server = Path(folder) / "home", Path(folder) / "mlflow"
-        home.mkdir()
-        server.mkdir()
-        Path(folder).chmod(0o755)
-        os.environ |= {"CVF_HOME": str(home), "AIRFLOW_HOME": f"{folder}/airflow"}
-        with mlflow_server(server) as url:
-            own = cluster.runtime(name, home, requests={"cpu": "900m"}) | {"deferrable": False}
-            place, rounds = Place(home, name, prepare(home, name, url, **LARGE, runtime=own)), range(options.rounds)
-            launch = [_alternating(number, _launched_by_operator, _launched_by_kubectl, place) for number in rounds]
-            _print("launch", "operator, s", "kubectl, s", launch)
-            pods = [_alternating(number, _speed_of_pods, _speed_of_processes, place) for number in rounds]
-            _print("pods", "two pods, images/s", "two processes, images/s", pods)
+    with place({"requests": {"cpu": "900m"}}, **LARGE) as there:
+        rounds = range(options.rounds)
+        launch = [_alternating(number, _launched_by_operator, _launched_by_kubectl, there) for number in rounds]
+        _print("launch", "operator, s", "kubectl, s", launch)
+        pods = [_alternating(number, _speed_of_pods, _speed_of_processes, there) for number in rounds]
+        _print("pods", "two pods, images/s", "two processes, images/s", pods)
 
 
 Measure = Callable[[Place, str], float]
@@ -101,8 +81,14 @@ def _launched_by_kubectl(place: Place, name: str) -> float:
     """The pod of the operator, made by kubectl."""
     from kubernetes.client import ApiClient
 
+    from cv_factory_airflow.operators import TrainOperator
+
     settings = WORK | {"epochs": 1, "nodes": 1, "processes_per_node": 1}
-    pod = _pods(place, copy_run(place.home, f"launch-{name}"), settings).build_pod_request_obj(context("train", name))
+    run, overrides = copy_run(place.home, f"launch-{name}"), _overrides(settings)
+    operator = TrainOperator(
+        task_id="train", config=str(place.config), run=str(run), data="", overrides=overrides, runtime="kubernetes"
+    )
+    pod = operator._stage_pods(context("train", name)).build_pod_request_obj(context("train", name))
     manifest = json.dumps(ApiClient().sanitize_for_serialization(pod))
     with FirstStep(place.namespace) as seen:
         started = time.time()
@@ -129,27 +115,14 @@ def _speed_of_processes(place: Place, name: str) -> float:
 
 
 def _run_operator(place: Place, run: Path, settings: dict[str, int]) -> dict[str, Any]:
-    overrides = json.dumps({f"training.{key}": value for key, value in settings.items()})
-    command = [sys.executable, "-c", OPERATOR, str(place.config), str(run), overrides]
+    command = [sys.executable, "-c", OPERATOR, str(place.config), str(run), _overrides(settings)]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
     answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return answer
 
 
-def _pods(place: Place, run: Path, settings: dict[str, int]) -> Any:
-    from cv_factory_airflow.pods import StagePods
-    from cv_factory_ops.config import load
-
-    given = [f"training.{key}={value}" for key, value in settings.items()]
-    return StagePods(
-        stage="train",
-        project=load(place.config, given),
-        yaml=place.config.read_text(),
-        run=run.as_uri(),
-        settings=given,
-        context=context("train", run.name),
-        task_id="train",
-    )
+def _overrides(settings: dict[str, int]) -> str:
+    return json.dumps({f"training.{key}": value for key, value in settings.items()})
 
 
 class FirstStep:

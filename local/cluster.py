@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import yaml
 
 from cv_factory_ops.errors import Unavailable
-from local.stack import CHECKOUT, _answers
+from local.stack import CHECKOUT, answers, mlflow_command
 
 IMAGE = os.environ.get("CVF_TEST_IMAGE", "localhost/host:1")
 """Any image with a C library like this machine's; it must be on the node."""
@@ -92,15 +94,14 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     host = address()
     with socket.create_server((host, 0)) as probe:
         port = probe.getsockname()[1]
-    mlflow, place = str(Path(sys.executable).with_name("mlflow")), f"{host}:{port}"
-    command = [mlflow, "server", "--host", host, "--port", str(port), "--workers", "1", "--allowed-hosts", place]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
+    place = f"{host}:{port}"
+    command = [*mlflow_command(host, port, folder), "--allowed-hosts", place]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
-        while not _answers(f"http://{place}/health"):
+        while not answers(f"http://{place}/health"):
             if time.monotonic() > deadline:
                 raise Unavailable(f"MLflow: does not answer at {place} (see {folder / 'log'})")
             time.sleep(0.2)
@@ -125,25 +126,47 @@ def context(task_id: str, run_id: str = "manual__1", try_number: int = 1, state:
     return {"ti": ti, "dag_run": dag_run, "run_id": run_id, "dag": SimpleNamespace()}
 
 
-def prepare(home: Path, place: str, tracking_uri: str, **sections: Any) -> Path:
-    """A small project in a namespace, ingested and preprocessed on this machine; returns its YAML.
+@dataclass(frozen=True)
+class Place:
+    """A small project in a namespace of its own, ingested and preprocessed."""
 
+    home: Path
+    namespace: str
+    config: Path
+    tracking_uri: str
+
+
+@contextmanager
+def place(pod: dict[str, Any], **sections: Any) -> Iterator[Place]:
+    """A project for benchmarks, with an MLflow server; ``CVF_HOME`` is its home.
+
+    :param pod: further settings of its pods
     :param sections: further sections of the project
     """
+    with tempfile.TemporaryDirectory() as name, namespace("a key") as where:
+        folder, home, server = Path(name), Path(name) / "home", Path(name) / "mlflow"
+        folder.chmod(0o755)  # the pods' user enters it
+        home.mkdir()
+        server.mkdir()
+        os.environ |= {"CVF_HOME": str(home), "AIRFLOW_HOME": str(folder / "airflow")}
+        with mlflow_server(server) as url:
+            own = runtime(where, home, **pod) | {"deferrable": False}
+            yield Place(home, where, _prepare(home, mlflow={"tracking_uri": url}, runtime=own, **sections), url)
+
+
+def _prepare(home: Path, **sections: Any) -> Path:
+    """Write the project, ingest and preprocess on this machine; returns its YAML."""
     config = home / "project.yaml"
-    source = {"kind": "phantoms", "patients": 60, "image_size": 48, "seed": 3}
     project = {
         "project": "tiny",
         "labels": ["normal", "opacity"],
         "storage": str(home / "storage"),
-        "mlflow": {"tracking_uri": tracking_uri},
-        "data": {"source": source},
+        "data": {"source": {"kind": "phantoms", "patients": 60, "image_size": 48, "seed": 3}},
         "preprocessing": {"size": 32},
         "model": {"kind": "small_cnn", "width": 4},
-        "runtime": runtime(place, home) | {"deferrable": False},
     }
     config.write_text(yaml.safe_dump(project | sections))
-    environment = os.environ | {"CVF_HOME": str(home), "CVF_PSEUDONYM_KEY": "a key"}
+    environment = os.environ | {"CVF_PSEUDONYM_KEY": "a key"}
     for stage in ("ingest", "preprocess"):
         command = [sys.executable, "-m", "cv_factory_ops.cli", stage, "--config", str(config), "--run", str(home / "prepared")]
         subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -151,7 +174,7 @@ def prepare(home: Path, place: str, tracking_uri: str, **sections: Any) -> Path:
 
 
 def copy_run(home: Path, name: str) -> Path:
-    """A run directory with what :func:`prepare` has made, which pods may write to."""
+    """A run directory with what :func:`place` has made, which pods may write to."""
     run = home / "runs" / name
     shutil.copytree(home / "prepared", run)
     subprocess.run(["chown", "-R", "1000:1000", str(home)], check=True)

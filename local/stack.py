@@ -109,13 +109,11 @@ class Stack:
         """What starts at once, the database migration, and what needs the migrated database."""
         bin_folder, mlflow_home = Path(sys.executable).parent, self.home / "mlflow"
         airflow = str(bin_folder / "airflow")
-        mlflow = [str(bin_folder / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(self.ports["mlflow"])]
-        mlflow += ["--workers", "1", "--backend-store-uri", f"sqlite:///{mlflow_home / 'mlflow.db'}"]
-        mlflow += ["--artifacts-destination", str(mlflow_home / "artifacts")]
+        mlflow = mlflow_command("127.0.0.1", self.ports["mlflow"], mlflow_home)
         endpoint = [sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(self.home / "endpoint")]
         endpoint += ["--port", str(self.ports["endpoint"])]
         outside = [
-            Service("mlflow", mlflow, lambda: _answers(f"{self.addresses['mlflow']}/health")),
+            Service("mlflow", mlflow, lambda: answers(f"{self.addresses['mlflow']}/health")),
             Service("endpoint", endpoint, lambda: _listens(self.ports["endpoint"])),
         ]
         inside = [
@@ -338,7 +336,14 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _answers(url: str) -> bool:
+def mlflow_command(host: str, port: int, folder: Path) -> list[str]:
+    """An MLflow server whose database and artifacts lie in a folder."""
+    command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    return [*command, "--artifacts-destination", str(folder / "artifacts")]
+
+
+def answers(url: str) -> bool:
     with suppress(httpx.TransportError):
         return httpx.get(url, timeout=5, trust_env=False).is_success
     return False

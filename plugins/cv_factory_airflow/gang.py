@@ -145,6 +145,7 @@ def _check_containers(pods: list[Any], late: bool) -> bool:
 
 
 def waiting_since(pod: Any) -> float:
+    """Unix time since which the task of a pod waits for room."""
     return float(pod.metadata.annotations[WAITING_SINCE])
 
 

@@ -100,41 +100,52 @@ class StageOperator(BaseOperator):
         _signal_group(process, signal.SIGKILL)
 
     def _arguments(self, context: Context) -> list[str]:
+        file, project, settings = self._project()
+        return self._command_line(file, self._run_of(project, context), settings)
+
+    def _project(self) -> tuple[str, ProjectConfig, list[str]]:
+        """The project's file, the project with the settings of this run, and these."""
         settings = form_settings(self.data, self.overrides, self.settings)
-        file, project = load_project(self.config, settings)
-        overrides = [part for setting in settings for part in ("--set", setting)]
-        return [self.stage, "--config", file, "--run", self._run_of(project, context), *overrides]
+        return *load_project(self.config, settings), settings
 
     def _run_of(self, project: ProjectConfig, context: Context) -> str:
         dag_run = context["dag_run"]
         return as_uri(self.run) if self.run else run_uri(project.root, dag_run.dag_id, dag_run.run_id)
 
+    def _command_line(self, file: str, run: str, settings: Sequence[str]) -> list[str]:
+        return [self.stage, "--config", file, "--run", run, *(part for setting in settings for part in ("--set", setting))]
+
     def _run_pods(self, context: Context, event: dict[str, Any] | None = None) -> dict[str, Any]:
         """The same command in pods; the record is read from the storage, where the stage has published it."""
-        from cv_factory_airflow.pods import StageEnded, StagePods
+        from cv_factory_airflow.pods import StageEnded
 
-        settings = form_settings(self.data, self.overrides, self.settings)
-        file, project = load_project(self.config, settings)
-        if project.runtime.kind != "kubernetes":
-            raise AirflowFailException("runtime: 'kubernetes' given; runtime.pod of the project must say what pods look like")
-        run = self._run_of(project, context)
         try:
-            self._pods = StagePods(
-                stage=self.stage,
-                project=project,
-                yaml=Path(file).read_text(encoding="utf-8"),
-                run=run,
-                settings=settings,
-                context=context,
-                task_id=self.task_id,
-                execution_timeout=self.execution_timeout,
-            )
+            self._pods = self._stage_pods(context)
             self._pods.run(context, event)
         except ConfigError as error:
             raise AirflowFailException(str(error)) from None
         except StageEnded as ended:
             raise self._failure(ended.code, ended.lines) from None
-        return _read_record(f"{run}/{self.stage}/result.json")
+        return _read_record(f"{self._pods.run_uri}/{self.stage}/result.json")
+
+    def _stage_pods(self, context: Context) -> StagePods:
+        from cv_factory_airflow.manifest import PROJECT_FILE
+        from cv_factory_airflow.pods import StagePods
+
+        file, project, settings = self._project()
+        if project.runtime.kind != "kubernetes":
+            raise AirflowFailException("runtime: 'kubernetes' given; runtime.pod of the project must say what pods look like")
+        run = self._run_of(project, context)
+        return StagePods(
+            stage=self.stage,
+            project=project,
+            yaml=Path(file).read_text(encoding="utf-8"),
+            run=run,
+            command=["cvf", *self._command_line(PROJECT_FILE, run, settings)],
+            context=context,
+            task_id=self.task_id,
+            execution_timeout=self.execution_timeout,
+        )
 
     def _run_process(self, arguments: list[str]) -> Result:
         """The stage writes to files, not pipes: a dead worker must not break the pipe of a living stage."""

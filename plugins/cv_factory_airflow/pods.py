@@ -53,7 +53,7 @@ from cv_factory_airflow.gang import (
     tag,
     waiting_since,
 )
-from cv_factory_airflow.manifest import LABEL, PROJECT_FILE, manifest, require_reachable
+from cv_factory_airflow.manifest import LABEL, manifest, require_reachable
 from cv_factory_ops.config import KubernetesRuntime, ProjectConfig
 
 if TYPE_CHECKING:
@@ -116,19 +116,17 @@ class StagePods(KubernetesPodOperator):
     :param project: the project with all overrides
     :param yaml: the project's file, which the pods are given
     :param run: URI of the run directory
-    :param settings: ``section.field=value`` of the run's overrides
+    :param command: what the pods run; the project is :data:`~cv_factory_airflow.manifest.PROJECT_FILE` to them
     :param context: of the task
     """
 
     def __init__(
-        self, *, stage: str, project: ProjectConfig, yaml: str, run: str, settings: list[str], context: Context, **kwargs: Any
+        self, *, stage: str, project: ProjectConfig, yaml: str, run: str, command: list[str], context: Context, **kwargs: Any
     ) -> None:
         runtime = cast("KubernetesRuntime", project.runtime)
         require_reachable(project, runtime, stage, run)
         ti = context["ti"]
         name = pod_name(project.project, stage, run, ti.dag_id, ti.run_id, ti.task_id, str(ti.map_index))
-        overrides = [part for setting in settings for part in ("--set", setting)]
-        command = ["cvf", stage, "--config", PROJECT_FILE, "--run", run, *overrides]
         owner = {"dag": ti.dag_id, "run": str(ti.run_id)}
         timeout = kwargs.get("execution_timeout")
         super().__init__(
@@ -142,11 +140,11 @@ class StagePods(KubernetesPodOperator):
             active_deadline_seconds=int(timeout.total_seconds()) if timeout else None,
             log_pod_spec_on_failure=False,
             poll_interval=LOOK_SECONDS,
-            logging_interval=int(LOOK_SECONDS),
             deferrable=runtime.deferrable and not _under_dags_test(),
             **kwargs,
         )
         self.stage = stage
+        self.run_uri = run
         self.runtime = runtime
         self.gang = name
         self.work = _digest(*command, yaml, runtime.pod_of(stage).image)
