@@ -6,6 +6,7 @@ the two Kubernetes clients.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -61,13 +62,16 @@ class Ending:
         return self.reason != "DeadlineExceeded" and (self.code is None or self.code in LOST_CODES)
 
     @property
-    def rank(self) -> tuple[int, datetime]:
-        """The smallest tells the reason: what a stage knew, what killed a pod, what surprised it, and last who lost a peer."""
+    def rank(self) -> tuple[int, bool, datetime]:
+        """The smallest tells the reason: what a stage knew, what killed a pod, what surprised it, and last who lost a peer;
+        of equals the one that speaks for itself, and the first."""
         if self.code in {2, 3, 4}:
-            return 0, self.at
-        if self.code == 75:
-            return (4 if "lost a peer" in self.message else 3), self.at
-        return (1 if self.lost else 2), self.at
+            severity = 0
+        elif self.code == 75:
+            severity = 4 if "lost a peer" in self.message else 3
+        else:
+            severity = 1 if self.lost else 2
+        return severity, re.search(r"^cvf \w+: node \d+: ", self.message, re.MULTILINE) is not None, self.at
 
     def lines(self, stage: str) -> list[str]:
         """The reason, as the lines that a process of the stage would have ended with."""
