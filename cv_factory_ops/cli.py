@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -102,12 +103,12 @@ def _stage(options: argparse.Namespace) -> int:
     from cv_factory_ops.config import as_uri, load
     from cv_factory_ops.stage import STAGES, assist_stage, node_rank, run_stage
 
-    _end_on_sigterm(options.name)
-    config, run = load(options.config, options.set), as_uri(options.run)
-    if STAGES[options.name].assist and node_rank() > 0:
-        assist_stage(options.name, config, run, force=options.force)
-        return 0
-    result = run_stage(options.name, config, run, force=options.force)
+    with _ended_by_sigterm(options.name):
+        config, run = load(options.config, options.set), as_uri(options.run)
+        if STAGES[options.name].assist and node_rank() > 0:
+            assist_stage(options.name, config, run, force=options.force)
+            return 0
+        result = run_stage(options.name, config, run, force=options.force)
     if not sys.stdout.isatty():
         print(result.model_dump_json())
     return 0
@@ -117,14 +118,15 @@ def _run(options: argparse.Namespace) -> int:
     from cv_factory_ops.config import as_uri, load
     from cv_factory_ops.stage import TRAINING, run_stage
 
-    _end_on_sigterm(options.name)
-    config = load(options.config, options.set)
-    for name in TRAINING:
-        run_stage(name, config, as_uri(options.run), force=options.force)
+    with _ended_by_sigterm(options.name):
+        config = load(options.config, options.set)
+        for name in TRAINING:
+            run_stage(name, config, as_uri(options.run), force=options.force)
     return 0
 
 
-def _end_on_sigterm(name: str) -> None:
+@contextmanager
+def _ended_by_sigterm(name: str) -> Iterator[None]:
     """Make SIGTERM end a stage within seconds: as process 1 of a container it would not even notice it.
 
     The handler raises in the main thread, which tidies up on its way out. Where a call into C keeps it from running, a thread
@@ -132,9 +134,15 @@ def _end_on_sigterm(name: str) -> None:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, _interrupt)
+    watched = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_end_for_certain, args=(name, reader), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(watched)
+        os.close(writer)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -143,10 +151,12 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _end_for_certain(name: str, signals: int) -> None:
-    while os.read(signals, 1) != bytes([signal.SIGTERM]):
-        pass
-    time.sleep(GRACE_SECONDS)
-    _end_interrupted(name, Interrupted(INTERRUPTED))
+    """Wait for SIGTERM, or for the end of the stage, which closes the other side of the pipe."""
+    with open(signals, "rb", buffering=0) as received:
+        while number := received.read(1):
+            if number == bytes([signal.SIGTERM]):
+                time.sleep(GRACE_SECONDS)
+                _end_interrupted(name, Interrupted(INTERRUPTED))
 
 
 def _end_interrupted(name: str, error: Interrupted) -> NoReturn:

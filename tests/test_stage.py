@@ -187,10 +187,10 @@ def test_sigint_ends_a_stage_without_a_word(project: Project, home: Path) -> Non
 def test_sigterm_ends_a_stage_that_a_call_into_c_keeps_from_listening() -> None:
     code = (
         "import hashlib, cv_factory_ops.cli as cli\n"
-        "cli._end_on_sigterm('ingest')\n"
-        "while True:\n"
-        "    try: print('ready', flush=True), hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
-        "    except BaseException: pass"
+        "with cli._ended_by_sigterm('ingest'):\n"
+        "    while True:\n"
+        "        try: print('ready', flush=True), hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+        "        except BaseException: pass"
     )
     busy = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert busy.stdout is not None
@@ -216,3 +216,16 @@ def start_long_ingest(project: Project, home: Path, as_process_1: bool) -> tuple
         time.sleep(0.02)
     children = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
     return started, int(children[0]) if as_process_1 else started.pid
+
+
+def test_a_stage_that_a_program_has_run_leaves_its_signals_as_they_were() -> None:
+    code = (
+        "import os, signal, time, cv_factory_ops.cli as cli\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('my own'))\n"
+        "print(cli.main(['ingest', '--config', 'missing.yaml', '--run', 'run']))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(2 * cli.GRACE_SECONDS)\n"
+        "print('goes on')"
+    )
+    program = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert program.stdout.splitlines() == ["2", "my own", "goes on"], program.stderr
