@@ -118,13 +118,15 @@ def test_gang_without_room_for_all_holds_nothing(api: Any, namespace: str, train
 @pytest.fixture
 def one_gpu(api: Any) -> Iterator[None]:
     """The node says that it has one GPU; there is none behind it."""
+    from kubernetes import client
+
     [node] = [item.metadata.name for item in api.list_node().items]
     place = "/status/capacity/nvidia.com~1gpu"
-    api.api_client.set_default_header("Content-Type", "application/json-patch+json")
-    api.patch_node_status(node, [{"op": "add", "path": place, "value": "1"}])
+    own = client.CoreV1Api(client.ApiClient(header_name="Content-Type", header_value="application/json-patch+json"))
+    own.patch_node_status(node, [{"op": "add", "path": place, "value": "1"}])
     until(lambda: (api.read_node(node).status.allocatable or {}).get("nvidia.com/gpu") == "1")
     yield
-    api.patch_node_status(node, [{"op": "remove", "path": place}])
+    own.patch_node_status(node, [{"op": "remove", "path": place}])
 
 
 @pytest.fixture(scope="module")
