@@ -11,7 +11,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 REVISION = $(shell git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test test-kubernetes trainer-image test-images lint format docs airflow-db clean
+.PHONY: help install demo up down test test-kubernetes fuzz trainer-image test-images lint format docs airflow-db clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test: install  ## all tests
 
 test-kubernetes: install  ## the tests that need a cluster on this machine, found by KUBECONFIG; elsewhere they skip
 	$(BIN)/python -m pytest tests/kubernetes -rs $(ARGS)
+
+fuzz: install  ## five minutes of mutated DICOM files and configurations
+	CVF_FUZZ_SECONDS=300 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
 
 trainer-image:  ## build the image that runs `cvf <stage>` in a pod
 	docker build $(DOCKER_ARGS) --file docker/trainer.Dockerfile --tag $(TRAINER_IMAGE) --build-arg PIP_ARGS="$(PIP_ARGS)" \

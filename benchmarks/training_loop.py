@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cv_factory_ops.config import AugmentConfig, ResNet, SmallCnn, TrainingConfig
 from cv_factory_ops.models import build
+from cv_factory_ops.preprocessing.shards import Images
 from cv_factory_ops.training.data import Shard
 from cv_factory_ops.training.distributed import World, join
 from cv_factory_ops.training.loop import Trainer
@@ -42,7 +43,7 @@ def measure(kind: str, size: int, rounds: int, world: World) -> None:
         batch_size=BATCH,
         augment=AugmentConfig(flip=False, shift=0, intensity=0),
     )
-    shard = Shard(images, labels)
+    shard = Shard(Images([images]), labels)
     trainer = Trainer(build(config, 2, 0.5, 0.25), shard, shard, settings, world)
     network: nn.Module = build(config, 2, 0.5, 0.25)
     if world.size > 1:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cv_factory_ops import registry, storage
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import as_uri
-from cv_factory_ops.domain import Decoded
-from cv_factory_ops.errors import DataError, Rejected
+from cv_factory_ops.config import KafkaTopic, as_uri
+from cv_factory_ops.domain import Decoded, Decoding, open_domain
+from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
 from cv_factory_ops.ingestion import sources
-from cv_factory_ops.ingestion.decode import as_unit_range, decode
 from cv_factory_ops.ingestion.manifest import Refusal, write_quarantine
+from cv_factory_ops.ingestion.progress import with_progress
+from cv_factory_ops.ingestion.readers import read_all
+from cv_factory_ops.ingestion.sources.files import open_files
+from cv_factory_ops.ingestion.sources.item import Item
+from cv_factory_ops.ingestion.validate import frame_id, frames
 from cv_factory_ops.records import PredictRecord
 from cv_factory_ops.registry import Champion
 
@@ -36,7 +41,7 @@ def run(stage: Stage) -> PredictRecord:
     champion = _champion(stage)
     predictor = Predictor(Bundle.load(stage.local(champion.bundle)))
     refusals: list[Refusal] = []
-    studies, predicted = _studies(stage, refusals), 0
+    studies, predicted = _studies(stage, predictor.manifest.decoding, refusals), 0
     with (stage.out / "predictions.jsonl").open("w", encoding="utf-8") as file:
         while batch := list(islice(studies, BATCH)):
             answer = predictor.answer([study for _, study in batch])
@@ -46,6 +51,8 @@ def run(stage: Stage) -> PredictRecord:
     write_quarantine(stage.out / "quarantine.jsonl", refusals)
     if not predicted:
         raise DataError(f"none of {len(refusals)} studies could be read" if refusals else "the batch holds no studies")
+    if stage.config.batch.publish:
+        publish(stage.config.batch.publish, stage.out / "predictions.jsonl")
     return PredictRecord(
         summary=f"{predicted} studies answered by version {champion.version}, {len(refusals)} refused",
         predicted=predicted,
@@ -53,6 +60,19 @@ def run(stage: Stage) -> PredictRecord:
         bundle_digest=champion.bundle_digest,
         predictions=stage.uri("predictions.jsonl"),
     )
+
+
+def publish(topic: KafkaTopic, path: Path) -> None:
+    """Send each line of a table of predictions to a topic, keyed by its study. A retry of the stage sends all of them again.
+
+    Raises:
+        Unavailable, ConfigError: not every line was delivered.
+    """
+    from cv_factory_ops.kafka import Publisher
+
+    with Publisher(topic) as publisher, path.open("rb") as file:
+        for line in file:
+            publisher.send(line.rstrip(b"\n"), key=json.loads(line)["study"].encode())
 
 
 def fingerprint(stage: Stage) -> str:
@@ -69,25 +89,28 @@ def _champion(stage: Stage) -> Champion:
     return champion
 
 
-def _studies(stage: Stage, refusals: list[Refusal]) -> Iterator[tuple[str, Decoded]]:
+def _studies(stage: Stage, decoding: Decoding, refusals: list[Refusal]) -> Iterator[tuple[str, Decoded]]:
     """Name and image of every study that can be read; the others are added to ``refusals``."""
-    for item in _files(as_uri(stage.config.batch.path)) if stage.config.batch.path else sources.open_base(stage).items:
-        if isinstance(item, Refusal):
-            refusals.append(item)
-            continue
+    path, data = stage.config.batch.path, stage.config.data
+    opened = open_files(as_uri(path), stage) if path else sources.open_base(stage, with_labels=False)
+    items = with_progress(opened.items, opened.total, "predict", "file")
+    settings = (stage.config.domain, decoding)
+    for result in read_all(items, _Studies, settings, data.validation, data.workers):
+        if isinstance(result, Refusal):
+            refusals.append(result)
+        else:
+            yield from result
+
+
+class _Studies:
+    """Decodes in a process of its own."""
+
+    def __init__(self, settings: tuple[str, Decoding]) -> None:
+        self._domain, self._decoding = open_domain(settings[0]), settings[1]
+
+    def __call__(self, item: Item) -> list[tuple[str, Decoded]] | Refusal:
         try:
-            content = item.content
-            yield (
-                item.id,
-                decode(content, None, stage.domain) if isinstance(content, bytes) else Decoded(as_unit_range(content)),
-            )
-        except Rejected as error:
-            refusals.append(Refusal(item.id, error.code, str(error)))
-
-
-def _files(uri: str) -> Iterator[sources.Item]:
-    names = list(storage.listing(uri))
-    if not names:
-        raise DataError(f"{uri}: holds no files; expected are studies")
-    for name in names:
-        yield sources.Item(name, storage.read_bytes(f"{uri}/{name}"), label="")
+            images = frames(item, self._domain, self._decoding)
+            return [(frame_id(item, image, self._decoding), image) for image in images]
+        except CvFactoryError as error:
+            return Refusal(item.id, error.code if isinstance(error, Rejected) else "unreadable", str(error))

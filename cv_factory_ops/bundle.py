@@ -2,6 +2,7 @@
 
     bundle.json        architecture, input size, labels, threshold, learned state, digests of what it was made from
     model.safetensors  the weights
+    embedder.safetensors  learned state of the embedder, where the embedding is not the network's own
     pca.npz            mean and components of the embedding's principal components
     reference.parquet  features of held-out images: what drift is measured against
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import Model, PreprocessingConfig
+from cv_factory_ops.config import Decoding, Embedding, Model, ModelEmbedding, PreprocessingConfig
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.records import Frozen
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from cv_factory_ops.models import Classifier
+    from cv_factory_ops.preprocessing.embedders import Embedder
 
 
 class BundleManifest(Frozen):
@@ -42,7 +44,9 @@ class BundleManifest(Frozen):
     domain: str
     labels: list[str]
     model: Model
+    decoding: Decoding = Decoding()
     preprocessing: PreprocessingConfig
+    embedding: Embedding = ModelEmbedding()
     mean: float
     """Mean intensity of the training images, 0..1; also a buffer of the weights."""
     std: float
@@ -54,6 +58,11 @@ class BundleManifest(Frozen):
     test_digest: str
     code_version: str
     git_sha: str
+
+    @property
+    def channels(self) -> int:
+        """Of the model's input: 1 grey, 3 colours."""
+        return self.decoding.channels
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,10 @@ class Pca:
 
     def transform(self, embedding: NDArray[np.float32]) -> NDArray[np.float64]:
         """(N, features) -> (N, components)"""
-        projected: NDArray[np.float64] = (embedding.astype(np.float64) - self.mean) @ self.components.T
-        return projected
+        centred = embedding.astype(np.float64) - self.mean
+        # Row by row: BLAS adds up in another order for another number of rows, so the last bits would depend on the batch.
+        projected: NDArray[np.float64] = np.array([self.components @ row for row in centred])
+        return projected.reshape(len(embedding), len(self.components))
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,23 @@ class Bundle:
             raise DataError(f"{path / 'bundle.json'}: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
 
     @classmethod
-    def write(cls, path: Path, manifest: BundleManifest, network: Classifier, pca: Pca, reference: pd.DataFrame) -> Bundle:
-        """Write a new bundle directory."""
+    def write(
+        cls,
+        path: Path,
+        manifest: BundleManifest,
+        network: Classifier,
+        pca: Pca,
+        reference: pd.DataFrame,
+        embedder: Embedder | None = None,
+    ) -> Bundle:
+        """Write a new bundle directory; ``embedder`` where the embedding is not the network's own."""
+        from safetensors.numpy import save_file as save_arrays
         from safetensors.torch import save_file
 
         path.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path / "model.safetensors")
+        if embedder:
+            save_arrays(dict(embedder.state), path / "embedder.safetensors")
         np.savez(path / "pca.npz", mean=pca.mean, components=pca.components)
         reference.to_parquet(path / "reference.parquet", index=False)
         text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
@@ -116,9 +138,21 @@ class Bundle:
 
         from cv_factory_ops.models import build
 
-        network = build(self.manifest.model, len(self.manifest.labels), self.manifest.mean, self.manifest.std)
+        manifest = self.manifest
+        network = build(manifest.model, len(manifest.labels), manifest.mean, manifest.std, manifest.channels)
         network.load_state_dict(load_file(self.path / "model.safetensors"))
         return network.eval()
+
+    def embedder(self) -> Embedder | None:
+        """What embeds images in place of the network."""
+        if isinstance(self.manifest.embedding, ModelEmbedding):
+            return None
+        from safetensors.numpy import load_file
+
+        from cv_factory_ops.preprocessing.embedders import load_embedder
+
+        state = load_file(self.path / "embedder.safetensors")
+        return load_embedder(self.manifest.embedding, state, self.manifest.preprocessing.size)
 
     def pca(self) -> Pca:
         with np.load(self.path / "pca.npz", allow_pickle=False) as arrays:

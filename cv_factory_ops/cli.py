@@ -60,9 +60,16 @@ def parser() -> argparse.ArgumentParser:
     _stage_arguments(_add(commands, "run", "all stages of a training, one after the other", _run))
     _config_arguments(commands)
     deidentify = _add(commands, "deidentify", "copy studies without identity, ready to be sent", _deidentify)
-    deidentify.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    deidentify.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder for the copies")
-    deidentify.add_argument("--domain", default="medical", help="entry point of the group cv_factory_ops.domains")
+    deidentify.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a study, or a folder with studies")
+    deidentify.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder for the copies and review.jsonl")
+    deidentify.add_argument("--config", metavar="FILE", help="a project's YAML; without it the defaults of `deidentification`")
+    deidentify.add_argument("--domain", default="medical", help="entry point of cv_factory_ops.domains, without --config")
+    receive = _add(commands, "receive", "receive studies (DICOM C-STORE) into a project's source of kind received", _receive)
+    receive.add_argument("--config", required=True, metavar="FILE", help="the project's YAML")
+    receive.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting; repeatable")
+    receive.add_argument("--host", default="0.0.0.0")  # noqa: S104 - it waits for senders of its network
+    receive.add_argument("--port", type=int, default=11112)
+    receive.add_argument("--ae-title", default="CV_FACTORY", metavar="TITLE", help="the AE title that senders must call")
     serve = _add(commands, "serve", "serve a bundle: /ping and /invocations (SageMaker's container contract)", _serve)
     serve.add_argument("--model", default=os.environ.get("SM_MODEL_DIR", "/opt/ml/model"), help="bundle directory")
     serve.add_argument("--host", default="0.0.0.0")  # noqa: S104 - a container serves its network
@@ -181,6 +188,14 @@ def _config_schema(options: argparse.Namespace) -> int:
     return 0
 
 
+def _receive(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import load
+    from cv_factory_ops.ingestion.receiver import receive
+
+    receive(load(options.config, options.set), options.host, options.port, options.ae_title)
+    return 0
+
+
 def _serve(options: argparse.Namespace) -> int:
     from cv_factory_ops.serving.app import serve
 
@@ -199,21 +214,21 @@ def _endpoint(options: argparse.Namespace) -> int:
 
 
 def _deidentify(options: argparse.Namespace) -> int:
-    from cv_factory_ops import storage
+    from cv_factory_ops.config import DeidentificationConfig, load
+    from cv_factory_ops.deidentify import REVIEW, deidentify_files
     from cv_factory_ops.domain import open_domain
     from cv_factory_ops.errors import Rejected
 
-    domain, refused = open_domain(options.domain), 0
-    for number, file in enumerate(options.files):
-        try:
-            # A new name: the old one may be a patient's.
-            copy = options.out.resolve() / f"{number:05d}{file.suffix}"
-            storage.write_bytes(copy.as_uri(), domain.deidentify(storage.read_bytes(file.resolve().as_uri())))
-        except Rejected as error:
-            refused += 1
-            print(f"cvf deidentify: {file}: {error}", file=sys.stderr)
-    print(f"{len(options.files) - refused} of {len(options.files)} studies de-identified into {options.out}")
-    return Rejected.exit_code if refused else 0
+    config = load(options.config) if options.config else None
+    domain = open_domain(config.domain if config else options.domain)
+    settings = config.deidentification if config else DeidentificationConfig()
+    counts = deidentify_files(options.files, options.out, domain, settings)
+    print(f"{counts.done} of {counts.done + counts.refused} studies de-identified into {options.out}")
+    if counts.skipped:
+        print(f"{counts.skipped} other files left alone")
+    if counts.review:
+        print(f"{counts.review} to look at: {options.out / REVIEW}")
+    return Rejected.exit_code if counts.refused else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,13 @@ from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.records import Frozen
 
 Share = Annotated[float, Field(ge=0, le=1)]
+
+Text = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) in {int, float} else given)]
+"""A string that YAML may take for a number: ``cpu: 16``."""
+
+
+AeTitle = Annotated[str, Field(pattern=r"^[!-\[\]-~][ -\[\]-~]{0,15}$")]
+"""Name of a DICOM application: up to 16 characters of ASCII without backslash (PS3.5 section 6.2)."""
 
 
 class PhantomSource(Frozen):
@@ -36,18 +43,19 @@ class PhantomSource(Frozen):
 
 
 class FileSource(Frozen):
-    """DICOM, PNG or JPEG files below a directory or an ``s3://`` prefix, labelled by a CSV table."""
+    """DICOM, PNG, JPEG, TIFF or .npy files, also in archives, labelled by a table."""
 
     kind: Literal["files"] = "files"
     path: str
-    """Directory (or ``s3://bucket/prefix``) that is searched for files, recursively."""
+    """Directory or ``s3://bucket/prefix`` that is searched recursively, an archive (``.zip``, ``.tar``, ``.tar.gz``), or a
+    ``DICOMDIR``."""
     labels: str
-    """CSV table with the columns ``file`` (path below ``path``) and ``label`` (one of ``labels`` of the project), and
-    optionally ``patient``."""
+    """Table of labels, see ``docs/sources.md``: CSV, or JSON (a list of objects), with ``label`` (one of ``labels`` of the
+    project), one of ``file`` (path below ``path``), ``study`` and ``instance`` (DICOM UIDs), and optionally ``patient``."""
 
 
 class NpzSource(Frozen):
-    """Arrays in the MedMNIST layout: ``<split>_images`` (N x H x W, uint8) and ``<split>_labels`` (N x 1)."""
+    """Arrays in the MedMNIST layout: ``<split>_images`` (N x H x W, or N x H x W x 3, uint8) and ``<split>_labels`` (N x 1)."""
 
     kind: Literal["npz"] = "npz"
     path: str
@@ -56,18 +64,250 @@ class NpzSource(Frozen):
     """Share of the training images that is set aside as later traffic, and neither trained nor tested on."""
 
 
-Source = Annotated[PhantomSource | FileSource | NpzSource, Field(discriminator="kind")]
+class DicomWebSource(Frozen):
+    """Studies of a PACS by DICOMweb: QIDO-RS finds them (PS3.18 section 10.6), WADO-RS retrieves them (10.4)."""
+
+    kind: Literal["dicomweb"] = "dicomweb"
+    url: str
+    """Address below which ``/studies`` answers, for example ``http://127.0.0.1:8042/dicom-web``."""
+    labels: str
+    """Table of labels by ``study`` or ``instance``, see ``files``."""
+    query: dict[str, Text] = {}
+    """Keys that the studies must match, DICOM keyword to value: ``{ModalitiesInStudy: DX, StudyDate: 20240101-20241231}``."""
+    modalities: list[str] = []
+    """Series of these modalities only; empty takes all."""
+    authorization_env: str | None = None
+    """Environment variable that holds the value of the ``Authorization`` header (``Bearer ...``); never the value itself."""
+    max_bytes: int = Field(default=1 << 30, ge=1)
+    """Bytes above which an object is refused."""
+    timeout: float = Field(default=60, gt=0)
+    """Seconds without a word after which the PACS counts as gone."""
+
+
+class DimseSource(Frozen):
+    """Studies of a PACS by the classic protocol (DIMSE, PS3.7): C-FIND, then C-GET or C-MOVE."""
+
+    kind: Literal["dimse"] = "dimse"
+    host: str
+    port: int = Field(default=104, ge=1, le=65535)
+    called_ae_title: AeTitle
+    """AE title of the PACS."""
+    calling_ae_title: AeTitle = "CV_FACTORY"
+    """Our AE title, as the PACS knows it."""
+    retrieve: Literal["c_get", "c_move"] = "c_get"
+    """C-GET sends over the same connection; C-MOVE makes the PACS connect to ``receive_port`` of this machine."""
+    receive_port: int = Field(default=11112, ge=1, le=65535)
+    """Port that C-MOVE's objects are received on."""
+    tls: bool = False
+    """Encrypt, and check the PACS' certificate by the system's authorities or ``SSL_CERT_FILE``; with ``c_get`` only."""
+    labels: str
+    """Table of labels by ``study`` or ``instance``, see ``files``."""
+    query: dict[str, Text] = {}
+    """Keys that the studies must match, DICOM keyword to value."""
+    modalities: list[str] = []
+    """Series of these modalities only; empty takes all."""
+    timeout: float = Field(default=60, gt=0)
+    """Seconds without a word after which the PACS counts as gone."""
+
+    @model_validator(mode="after")
+    def _encrypted_both_ways(self) -> DimseSource:
+        if self.tls and self.retrieve == "c_move":
+            raise ValueError("tls: with retrieve: c_get only; by c_move the PACS would send without it")
+        return self
+
+
+class ReceivedSource(Frozen):
+    """Studies that a PACS or a modality has sent to ``cvf receive`` (C-STORE), de-identified as they came in."""
+
+    kind: Literal["received"] = "received"
+    calling_ae_titles: list[str] = []
+    """AE titles that may send; empty lets all."""
+    labels: str
+    """Table of labels by ``study`` or ``instance``, see ``files``."""
+
+
+class HttpSource(Frozen):
+    """An HTTP API that answers pages of JSON with links to images."""
+
+    kind: Literal["http"] = "http"
+    url: str
+    """First page."""
+    items: str = "items"
+    """Path to the list of items in a page, by dots (``data.results``); empty where the page itself is the list. A number
+    steps into a list (``content.0.url``)."""
+    next: str = "next"
+    """Path to the address of the following page; absent or null on the last one."""
+    id: str = "id"
+    """Path to an item's own name; kept as a pseudonym. It must stay the same, and name the same image, for ever."""
+    image: str = "image"
+    """Path to the address of an item's image, absolute or relative to the page."""
+    label: str = "label"
+    """Path to an item's label; absent or null where there is none yet."""
+    patient: str | None = None
+    """Path to whose image it is; kept as a pseudonym. Null in an item where that is not known."""
+    authorization_env: str | None = None
+    """Environment variable that holds the value of the ``Authorization`` header; it is sent to the host of ``url`` alone."""
+    max_bytes: int = Field(default=256 << 20, ge=1)
+    """Bytes above which an image is refused."""
+    retries: int = Field(default=5, ge=0)
+    """Further tries of a request that failed, with exponential back-off; ``Retry-After`` is heeded."""
+    timeout: float = Field(default=30, gt=0)
+    """Seconds without a byte after which a request has failed."""
+
+
+class KafkaTopic(Frozen):
+    """A topic of a Kafka cluster."""
+
+    bootstrap_servers: str
+    """Brokers to begin with: ``host:port``, more by commas."""
+    topic: str
+    settings_env: str | None = None
+    """Environment variable with further settings of librdkafka as JSON (``security.protocol``, ``sasl.password``, ...)."""
+    timeout: float = Field(default=60, gt=0)
+    """Seconds without a word after which the brokers count as gone; also what one delivery may take."""
+
+
+class KafkaSource(KafkaTopic):
+    """Messages of a Kafka topic: the value is an image or a study, headers may say ``label``, ``patient`` and
+    ``content_type``. A run reads up to where the topic ends when it begins."""
+
+    kind: Literal["kafka"] = "kafka"
+    group: str
+    """Consumer group of this project alone. Its offsets are committed once a batch is stored."""
+    batch: int = Field(default=100, ge=1)
+    """Messages that are stored before offsets are committed."""
+    dead_letter_topic: str | None = None
+    """Where bad messages are sent as they came, with the reason in headers; they are in quarantine either way."""
+    max_bytes: int = Field(default=64 << 20, ge=1)
+    """Bytes above which a message is bad."""
+
+
+class VideoSource(Frozen):
+    """Frames of video files or of a camera's stream, sampled by time."""
+
+    kind: Literal["video"] = "video"
+    path: str
+    """A video file, a directory of them, or a stream (``rtsp://``, ``http://``). A password in a stream's address belongs in
+    the environment: ``rtsp://${CAMERA_USER}:${CAMERA_PASSWORD}@host/stream``."""
+    labels: str
+    """Table of labels by ``file`` (``stream`` for a stream), see ``files``. All frames of a video stay in one split."""
+    every_seconds: float = Field(default=1.0, gt=0)
+    """Time between two frames that are taken."""
+    max_seconds: float = Field(default=3600, gt=0)
+    """Seconds of a stream that are recorded by one ingestion."""
+    reconnects: int = Field(default=5, ge=0)
+    """Times in a row that a dropped stream is opened again, with exponential back-off."""
+    timeout: float = Field(default=10, gt=0)
+    """Seconds without a frame after which a stream counts as dropped."""
+
+
+Source = Annotated[
+    PhantomSource
+    | FileSource
+    | NpzSource
+    | DicomWebSource
+    | DimseSource
+    | ReceivedSource
+    | HttpSource
+    | KafkaSource
+    | VideoSource,
+    Field(discriminator="kind"),
+]
+
+
+class FileWindow(Frozen):
+    """What the file asks for: its VOI LUT or window; where it has none, its whole range."""
+
+    kind: Literal["file"] = "file"
+    index: int = Field(default=0, ge=0)
+    """Which of several windows or LUTs (``WindowCenterWidthExplanation`` names them); the last where there are fewer."""
+
+
+class FixedWindow(Frozen):
+    """The same window for every image, in modality units (Hounsfield units for CT)."""
+
+    kind: Literal["fixed"] = "fixed"
+    center: float
+    width: float = Field(gt=0)
+    function: Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"] = "LINEAR_EXACT"
+    """PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+
+
+class FullWindow(Frozen):
+    """No window: the whole range that the file declares possible after its Modality LUT."""
+
+    kind: Literal["full"] = "full"
+
+
+Window = Annotated[FileWindow | FixedWindow | FullWindow, Field(discriminator="kind")]
+
+
+class Decoding(Frozen):
+    """From a file to what a viewer would show of it: the same at training and at serving, so it goes into the bundle."""
+
+    window: Window = FileWindow()
+    """One of ``file``, ``fixed``, ``full``."""
+    frames: Literal["middle", "all"] = "middle"
+    """Of several frames, the middle one; or each as an image of its own (a request is answered for the middle one)."""
+    color: Literal["grey", "rgb"] = "grey"
+    """``grey`` turns colours to luminance (ITU-R BT.601); ``rgb`` repeats grey three times."""
+
+    @property
+    def channels(self) -> int:
+        """Of a decoded image: 1 grey, 3 red, green, blue."""
+        return 1 if self.color == "grey" else 3
+
+
+class DeidentificationConfig(Frozen):
+    """What stays of a study when its identity goes: options of DICOM PS3.15 Annex E. The defaults are a hospital's."""
+
+    dates: Literal["shift", "remove"] = "shift"
+    """``shift`` moves all dates of a patient back by the same secret number of days, 1 to 3650 (Retain Longitudinal Temporal
+    Information Modified Dates Option), so that intervals stay; ``remove`` takes dates and times away."""
+    device: bool = True
+    """Keep which device made the image: serial number, station name, detector (Retain Device Identity Option)."""
+    patient_characteristics: bool = True
+    """Keep age (above 89 years as 90), sex, size, weight and the like (Retain Patient Characteristics Option)."""
+    pixels: Literal["screen", "declared", "trust"] = "screen"
+    """``screen`` looks for text in every image and blanks it (Clean Pixel Data Option); ``declared`` only where the file does
+    not say that BurnedInAnnotation is NO; ``trust`` looks at none and refuses files that say YES. Looking needs the extra
+    ``deidentify``."""
+
+
+class ValidationConfig(Frozen):
+    """What an image must be to be used; whatever is not goes to quarantine with a reason."""
+
+    required: list[str] = []
+    """Metadata that must be there: names of the domain (``modality``, ``view_position``), ``patient``, ``study``,
+    ``spacing``."""
+    allowed: dict[str, list[str]] = {}
+    """Values that a metadata category may have: ``{modality: [CR, DX], view_position: [PA, AP]}``."""
+    min_side: int = Field(default=8, ge=1)
+    """Least rows and columns, in pixels."""
+    max_aspect: float = Field(default=8, ge=1)
+    """Greatest ratio of the longer to the shorter side."""
+    spacing_mm: tuple[float, float] = (0.001, 20.0)
+    """Least and greatest plausible pixel spacing, in mm."""
+    blank: Share = 1e-3
+    """An image whose 0.1 % and 99.9 % quantiles of intensity (0..1) are closer than this shows nothing."""
+    max_seconds: float = Field(default=30, gt=0)
+    """Seconds that reading and decoding one file may take."""
+    max_memory: int = Field(default=2 << 30, ge=256 << 20)
+    """Bytes of memory that a process that decodes may take."""
 
 
 class DataConfig(Frozen):
-    """Where the images come from."""
+    """Where the images come from, and which of them are used."""
 
     source: Source
-    """One of ``phantoms``, ``files``, ``npz``."""
+    """One of ``phantoms``, ``files``, ``npz``, ``dicomweb``, ``dimse``, ``received``, ``http``, ``kafka``, ``video``."""
     include_captures: bool = False
     """Add captured requests whose labels have arrived (the retraining DAG sets this)."""
+    validation: ValidationConfig = ValidationConfig()
     max_quarantined: Share = 0.2
     """Share of refused items above which ingestion fails instead of going on without them."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes that read and decode; null means one a core."""
 
 
 class SplitConfig(Frozen):
@@ -80,13 +320,112 @@ class SplitConfig(Frozen):
     seed: int = 0
 
 
+class ColorStep(Frozen):
+    """Another colour space; three channels stay three, each in 0..1. Needs ``decoding.color: rgb``."""
+
+    kind: Literal["color"] = "color"
+    space: Literal["hsv", "lab", "ycrcb"]
+    """Hue, saturation, value; CIE L*a*b*; luma and chroma (ITU-R BT.601)."""
+
+
+class NormaliseStep(Frozen):
+    """A declared range of intensity becomes 0..1."""
+
+    kind: Literal["normalise"] = "normalise"
+    low: Share = 0.0
+    """Intensity that becomes 0."""
+    high: Share = 1.0
+    """Intensity that becomes 1."""
+    outside: Literal["clip", "refuse"] = "clip"
+    """What happens to an image with intensities outside of the range."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> NormaliseStep:
+        if self.low >= self.high:
+            raise ValueError("low below high")
+        return self
+
+
+class ClipStep(Frozen):
+    """Quantiles of each image's own intensity become 0 and 1."""
+
+    kind: Literal["clip"] = "clip"
+    lower: Share = 0.005
+    upper: Share = 0.995
+
+
+class EqualiseStep(Frozen):
+    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994); of colours, on the luma alone."""
+
+    kind: Literal["equalise"] = "equalise"
+    limit: float = Field(default=2.0, gt=0)
+    """Most that contrast is raised by."""
+    tiles: int = Field(default=8, ge=1, le=64)
+    """Tiles a side that are equalised each on its own."""
+
+
+class SpacingStep(Frozen):
+    """Resample so that neighbouring pixels are as far apart in every image. An image of unknown spacing is refused."""
+
+    kind: Literal["spacing"] = "spacing"
+    mm: float = Field(gt=0, le=100)
+    """Distance of neighbouring rows and of neighbouring columns, in mm."""
+
+
+class ResizeStep(Frozen):
+    """Resample so that one side has a number of pixels; the aspect is kept."""
+
+    kind: Literal["resize"] = "resize"
+    pixels: int = Field(ge=1, le=8192)
+    side: Literal["shorter", "longer"] = "shorter"
+
+
+class _Side(Frozen):
+    pixels: int | None = Field(default=None, ge=1, le=8192)
+    """Rows and columns."""
+    mm: float | None = Field(default=None, gt=0)
+    """Height and width in mm, instead of ``pixels``. An image of unknown spacing is refused."""
+
+
+class CropStep(_Side):
+    """Keep the middle; what is smaller stays as it is."""
+
+    kind: Literal["crop"] = "crop"
+
+    @model_validator(mode="after")
+    def _one_given(self) -> CropStep:
+        if (self.pixels is None) == (self.mm is None):
+            raise ValueError("either pixels or mm")
+        return self
+
+
+class PadStep(_Side):
+    """Pad around the middle, by default to a square; what is larger stays as it is."""
+
+    kind: Literal["pad"] = "pad"
+    value: Share = 0.0
+    """Intensity of the border."""
+
+    @model_validator(mode="after")
+    def _at_most_one_given(self) -> PadStep:
+        if self.pixels is not None and self.mm is not None:
+            raise ValueError("pixels, or mm, or neither for a square")
+        return self
+
+
+Step = Annotated[
+    ColorStep | NormaliseStep | ClipStep | EqualiseStep | SpacingStep | ResizeStep | CropStep | PadStep,
+    Field(discriminator="kind"),
+]
+
+
 class PreprocessingConfig(Frozen):
-    """The same steps at training and at serving; learned state goes into the bundle."""
+    """The same steps at training and at serving."""
 
     size: int = Field(default=64, ge=8, le=2048)
-    """Rows and columns of the model's input, in pixels. Images are padded to a square first."""
-    clip: tuple[Share, Share] = (0.0, 1.0)
-    """Quantiles of each image's intensity that become 0 and 1; ``[0, 1]`` keeps the range as it is."""
+    """Rows and columns of the model's input, in pixels: what the steps leave is resized to it, whatever its aspect."""
+    steps: list[Step] = [PadStep()]
+    """In their order: ``color``, ``normalise``, ``clip``, ``equalise``, ``spacing``, ``resize``, ``crop``, ``pad``."""
 
 
 class SmallCnn(Frozen):
@@ -121,6 +460,13 @@ class AugmentConfig(Frozen):
     """Largest change of contrast (factor) and brightness (offset)."""
     noise: Share = 0.0
     """Largest standard deviation of added Gaussian noise."""
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Largest rotation, in degrees."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Images and labels are mixed with weights from Beta(mixup, mixup) (Zhang et al. 2018); 0 turns it off."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """A box of another image is pasted in, its area from Beta(cutmix, cutmix), and labels are mixed by area (Yun et al. 2019);
+    0 turns it off. With ``mixup`` as well, each batch gets one of both by chance."""
 
 
 class TrainingConfig(Frozen):
@@ -151,6 +497,102 @@ class TrainingConfig(Frozen):
     augment: AugmentConfig = AugmentConfig()
     embedding_components: int = Field(default=8, ge=1, le=64)
     """Principal components of the embedding that are kept for drift and retrieval."""
+
+
+class ModelEmbedding(Frozen):
+    """What the trained network computes its answer from."""
+
+    kind: Literal["model"] = "model"
+
+
+class HogEmbedding(Frozen):
+    """Histograms of oriented gradients (Dalal & Triggs 2005)."""
+
+    kind: Literal["hog"] = "hog"
+    orientations: int = Field(default=9, ge=2, le=36)
+    cells: int = Field(default=8, ge=2, le=64)
+    """Cells a side; blocks of 2 x 2 cells are normalised together."""
+
+    @property
+    def least_size(self) -> int:
+        """Smallest ``preprocessing.size`` that gives every cell two pixels."""
+        return 2 * self.cells
+
+
+class _Words(Frozen):
+    words: int = Field(default=64, ge=2, le=4096)
+    """Visual words: k-means clusters of the training images' descriptors (Sivic & Zisserman 2003)."""
+    keypoints: int = Field(default=200, ge=1)
+    """Most keypoints of an image, the strongest first."""
+    seed: int = 0
+
+
+class OrbEmbedding(_Words):
+    """How often which visual word occurs among an image's ORB descriptors (Rublee et al. 2011)."""
+
+    kind: Literal["orb"] = "orb"
+
+
+class SiftEmbedding(_Words):
+    """How often which visual word occurs among an image's SIFT descriptors (Lowe 2004)."""
+
+    kind: Literal["sift"] = "sift"
+
+
+class _Learned(Frozen):
+    weights: str
+    """``.safetensors`` file, a path or ``s3://``, with MONAI's names of the weights; it is copied into the bundle."""
+    mean: float = 0.0
+    """What these weights expect intensities of 0..1 to be standardised with: (x - mean) / std."""
+    std: float = Field(default=1.0, gt=0)
+
+
+class CnnEmbedding(_Learned):
+    """Pooled features of a ResNet of MONAI with weights that were learned elsewhere; those of its classifier may be missing."""
+
+    kind: Literal["cnn"] = "cnn"
+    depth: Literal[10, 18, 34, 50] = 18
+    small_input: bool = False
+    """A 3 x 3 stem that keeps the resolution."""
+
+
+class _Vit(Frozen):
+    patch: int = Field(default=16, ge=2)
+    """Rows and columns of a patch; ``preprocessing.size`` is a multiple of it."""
+    width: int = Field(default=192, ge=8)
+    """Features of a token, and of the embedding: the mean of all tokens. A multiple of ``heads``, and of 4."""
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=3, ge=1)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError("a width that is a multiple of heads, and of 4")
+        return self
+
+
+class VitEmbedding(_Vit, _Learned):
+    """Features of a vision transformer of MONAI (Dosovitskiy et al. 2021) with weights that were learned elsewhere."""
+
+    kind: Literal["vit"] = "vit"
+
+
+class MaskedImageEmbedding(_Vit):
+    """Features of a masked autoencoder of MONAI (He et al. 2022), learned from the training images without their labels."""
+
+    kind: Literal["masked_image"] = "masked_image"
+    masked: float = Field(default=0.75, gt=0, lt=1)
+    """Share of patches that are hidden and painted in again."""
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    seed: int = 0
+
+
+Embedding = Annotated[
+    ModelEmbedding | HogEmbedding | OrbEmbedding | SiftEmbedding | CnnEmbedding | VitEmbedding | MaskedImageEmbedding,
+    Field(discriminator="kind"),
+]
 
 
 class GateConfig(Frozen):
@@ -235,6 +677,8 @@ class BatchConfig(Frozen):
 
     path: str | None = None
     """Directory or ``s3://`` prefix of studies; null means the images of the project's own source."""
+    publish: KafkaTopic | None = None
+    """Topic that the answers are sent to once all are there: key is the study, value its line of ``predictions.jsonl``."""
 
 
 class ProcessRuntime(Frozen):
@@ -284,9 +728,6 @@ class ConfigMapVolume(Frozen):
 
 
 Volume = Annotated[ClaimVolume | HostVolume | SecretVolume | ConfigMapVolume, Field(discriminator="kind")]
-
-Text = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) in {int, float} else given)]
-"""A string that YAML may take for a number: ``cpu: 16``."""
 
 SECRET_NAME = re.compile(r"PASS(WORD|WD|PHRASE)?(_|$)|SECRET|TOKENS?(_|$)|CREDENTIAL|PRIVATE|API_?KEY|(^|_)KEY$", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]*@")
@@ -435,10 +876,13 @@ class ProjectConfig(Frozen):
     tags: list[str] = []
     """Further tags of the project's DAGs."""
     data: DataConfig
+    decoding: Decoding = Decoding()
+    deidentification: DeidentificationConfig = DeidentificationConfig()
     splits: SplitConfig = SplitConfig()
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     model: Model = SmallCnn()
     training: TrainingConfig = TrainingConfig()
+    embedding: Embedding = ModelEmbedding()
     gate: GateConfig = GateConfig()
     mlflow: MlflowConfig = MlflowConfig()
     deploy: Deploy = LocalDeploy()
@@ -452,6 +896,17 @@ class ProjectConfig(Frozen):
     def _labels_differ(self) -> ProjectConfig:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must differ from each other")
+        return self
+
+    @model_validator(mode="after")
+    def _preprocessing_fits(self) -> ProjectConfig:
+        size = self.preprocessing.size
+        if self.decoding.color == "grey" and any(isinstance(step, ColorStep) for step in self.preprocessing.steps):
+            raise ValueError("preprocessing.steps: the step color needs decoding.color: rgb")
+        if isinstance(self.embedding, VitEmbedding | MaskedImageEmbedding) and size % self.embedding.patch:
+            raise ValueError(f"preprocessing.size {size}: a multiple of embedding.patch {self.embedding.patch}")
+        if isinstance(self.embedding, HogEmbedding) and size < self.embedding.least_size:
+            raise ValueError(f"preprocessing.size {size}: at least {self.embedding.least_size} for embedding.cells")
         return self
 
     @property
@@ -492,7 +947,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> ProjectConfig:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # PyYAML lets errors of its constructors through: an impossible date, nesting without end
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}; allowed is a mapping of settings")
@@ -516,7 +971,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text}: {parent} is a value, not a section")
     try:
         node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except Exception:
         raise ConfigError(f"--set {text}: {value!r} is not a YAML value") from None
 
 

@@ -11,12 +11,16 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from cv_factory_ops.config import Decoding as Decoding
+from cv_factory_ops.config import DeidentificationConfig as DeidentificationConfig
+from cv_factory_ops.config import FixedWindow as FixedWindow
+from cv_factory_ops.config import FullWindow as FullWindow
 from cv_factory_ops.config import home
 from cv_factory_ops.errors import ConfigError
 
@@ -33,13 +37,41 @@ class Decoded:
     """One image with what may be known of it; nothing in it identifies a person."""
 
     image: NDArray[np.float32]
-    """(rows, columns), 0 (black) .. 1 (white) as a viewer would show it."""
+    """(rows, columns), or (rows, columns, 3) red, green, blue; 0 (black) .. 1 (white) as a viewer would show it."""
     patient: str = ""
     """Pseudonym of the patient; empty where the format has none."""
     study: str = ""
     """Pseudonym of the study; empty where the format has none."""
+    instance: str = ""
+    """Pseudonym of the file's own identifier (DICOM's SOP Instance UID); empty where the format has none."""
+    frame: int | None = None
+    """Index from 0 of the frame, where the file has several."""
+    spacing: tuple[float, float] | None = None
+    """Distance of neighbouring rows and of neighbouring columns in mm, where it is known."""
     metadata: Metadata = field(default_factory=dict)
     """Values of the domain's ``metadata`` names; None where missing."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of an image that was blanked, in pixels from the upper left corner of the image."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Deidentified:
+    """A study without identity, and what a person should look at."""
+
+    content: bytes
+    """The file to keep."""
+    boxes: tuple[Box, ...] = ()
+    """Where text was blanked, in every frame; never what it said."""
+    review: tuple[str, ...] = ()
+    """Why a person should look at it, as codes of the domain; empty: nothing was noticed."""
 
 
 class Domain(Protocol):
@@ -54,12 +86,18 @@ class Domain(Protocol):
     def recognises(self, data: bytes) -> bool:
         """Whether these bytes look like a study of this domain (by signature, without decoding)."""
 
-    def decode(self, data: bytes) -> Decoded:
-        """Pixels as shown and non-identifying metadata.
+    def decode(self, data: bytes, decoding: Decoding) -> Iterator[Decoded]:
+        """Frames as shown, with non-identifying metadata: one, or all where ``decoding.frames`` says so.
 
         Raises:
             Rejected: the study cannot be used; the message quotes nothing that could identify a person.
         """
+
+    def listed(self, index: bytes) -> list[str] | None:
+        """The files that an index of studies (a DICOMDIR) names, relative to it; None where these bytes are no such index."""
+
+    def remapped(self, identifier: str) -> str:
+        """The pseudonym of an identifier of a study or of a file, as :class:`Decoded` has it."""
 
     def require_deidentified(self, data: bytes) -> None:
         """Accept only studies that say they are de-identified.
@@ -68,8 +106,12 @@ class Domain(Protocol):
             Rejected: code ``identified``; the sender must de-identify first.
         """
 
-    def deidentify(self, data: bytes) -> bytes:
-        """The same study without identity: pseudonyms in place of identifiers, marked as de-identified."""
+    def deidentify(self, data: bytes, settings: DeidentificationConfig) -> Deidentified:
+        """The same study without identity: pseudonyms in place of identifiers, marked as de-identified.
+
+        Raises:
+            Rejected: the study cannot be de-identified, or still shows whose it is (code ``identified``).
+        """
 
     def generate(self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str]) -> None:
         """Write synthetic studies and ``labels.csv`` (columns ``file``, ``label``) below a directory."""

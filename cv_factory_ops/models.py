@@ -13,7 +13,7 @@ from cv_factory_ops.config import Model, ResNet, SmallCnn
 class Classifier(nn.Module):
     """Standardise, embed, classify.
 
-    Input: float32, N x 1 x H x W, 0..1. Output: logits (N x classes) and embedding (N x features). The mean and the
+    Input: float32, N x channels x H x W, 0..1. Output: logits (N x classes) and embedding (N x features). The mean and the
     standard deviation of the training images are part of the weights, so serving cannot forget them.
     """
 
@@ -32,20 +32,19 @@ class Classifier(nn.Module):
         return self.head(embedding), embedding
 
 
-def build(config: Model, classes: int, mean: float = 0.0, std: float = 1.0) -> Classifier:
-    """A new network with random weights for single-channel images."""
+def build(config: Model, classes: int, mean: float = 0.0, std: float = 1.0, channels: int = 1) -> Classifier:
+    """A new network with random weights for images of that many channels."""
     match config:
         case SmallCnn():
-            return _small_cnn(config, classes, mean, std)
+            return _small_cnn(config, classes, mean, std, channels)
         case ResNet():
-            return _resnet(config, classes, mean, std)
+            return _resnet(config, classes, mean, std, channels)
         case _:
             assert_never(config)
 
 
-def _small_cnn(config: SmallCnn, classes: int, mean: float, std: float) -> Classifier:
+def _small_cnn(config: SmallCnn, classes: int, mean: float, std: float, channels: int) -> Classifier:
     blocks: list[nn.Module] = []
-    channels = 1
     for features in (config.width, 2 * config.width, 4 * config.width):
         blocks += [
             nn.Conv2d(channels, features, 3, padding=1, bias=False),
@@ -61,12 +60,12 @@ def _small_cnn(config: SmallCnn, classes: int, mean: float, std: float) -> Class
     return Classifier(backbone, nn.Sequential(nn.Dropout(config.dropout), nn.Linear(channels, classes)), classes, mean, std)
 
 
-def _resnet(config: ResNet, classes: int, mean: float, std: float) -> Classifier:
+def _resnet(config: ResNet, classes: int, mean: float, std: float, channels: int) -> Classifier:
     from monai.networks import nets
 
     network = getattr(nets, f"resnet{config.depth}")(
         spatial_dims=2,
-        n_input_channels=1,
+        n_input_channels=channels,
         num_classes=classes,
         conv1_t_size=3 if config.small_input else 7,
         conv1_t_stride=1 if config.small_input else 2,

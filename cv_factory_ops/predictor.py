@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.domain import Decoded
+from cv_factory_ops.errors import Rejected
 from cv_factory_ops.models import Classifier
-from cv_factory_ops.preprocessing.pipeline import prepare
+from cv_factory_ops.preprocessing.embedders import Embedder
+from cv_factory_ops.preprocessing.pipeline import prepare, to_tensor
+from cv_factory_ops.preprocessing.shards import Images
 from cv_factory_ops.preprocessing.statistics import STATISTICS, image_statistics
 from cv_factory_ops.records import Frozen
 
@@ -42,11 +45,18 @@ class Predictor:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._network = bundle.network()
+        self._embedder = bundle.embedder()
         self._pca = bundle.pca()
+        size = self.manifest.preprocessing.size
+        self._shape = (size, size) if self.manifest.channels == 1 else (size, size, self.manifest.channels)
 
     def answer(self, studies: Sequence[Decoded]) -> Answer:
-        """Predictions in the order of the studies."""
-        prepared = np.stack([prepare(study.image, self.manifest.preprocessing) for study in studies])
+        """Predictions in the order of the studies.
+
+        Raises:
+            Rejected: a study is not as the bundle's decoding and preprocessing want it.
+        """
+        prepared = np.stack([self.prepare(study) for study in studies])
         probabilities, embedding = self.forward(prepared)
         components = self._pca.transform(embedding)
         predictions = [
@@ -57,9 +67,25 @@ class Predictor:
         ]
         return Answer(predictions=predictions, bundle_digest=self.bundle.digest)
 
+    def prepare(self, study: Decoded) -> NDArray[np.uint16]:
+        """The model's input: (size, size) or (size, size, 3).
+
+        Raises:
+            Rejected: ``channels``, or what :func:`cv_factory_ops.preprocessing.pipeline.prepare` refuses.
+        """
+        prepared = prepare(study.image, self.manifest.preprocessing, study.spacing)
+        if prepared.shape != self._shape:
+            channels = 1 if study.image.ndim == 2 else study.image.shape[2]
+            raise Rejected("channels", f"has {channels} channels; the model takes {self.manifest.channels}")
+        return prepared
+
+    def warm_up(self) -> None:
+        """Answer once for an empty image, so that the first request is as fast as the others."""
+        self._pca.transform(self.forward(np.zeros((1, *self._shape), np.uint16))[1])
+
     def forward(self, prepared: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(N, size, size) prepared images -> probabilities (N, classes) and embedding (N, features)."""
-        return infer(self._network, prepared)
+        """(N, size, size[, 3]) prepared images -> probabilities (N, classes) and embedding (N, features)."""
+        return infer(self._network, prepared, self._embedder)
 
     def _prediction(self, probabilities: NDArray[np.float32], values: dict[str, str | float | None]) -> Prediction:
         labels = self.manifest.labels
@@ -75,12 +101,19 @@ class Predictor:
 
 @torch.inference_mode()
 def infer(
-    network: Classifier, prepared: NDArray[np.uint16], batch_size: int = 64
+    network: Classifier, prepared: NDArray[np.uint16] | Images, embedder: Embedder | None = None, batch_size: int = 64
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(N, size, size) prepared images -> probabilities (N, classes) and embedding (N, features), in batches."""
-    parts = [network(to_tensor(prepared[start : start + batch_size])) for start in range(0, len(prepared), batch_size)]
-    logits, embedding = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    return logits.softmax(1).numpy(), embedding.numpy()
+    """(N, size, size[, 3]) prepared images -> probabilities (N, classes) and embedding (N, features), in batches.
+
+    The embedding is the network's own where no embedder is given.
+    """
+    logits, embeddings = [], []
+    for start in range(0, len(prepared), batch_size):
+        batch = prepared[start : start + batch_size]
+        outputs, features = network(to_tensor(batch))
+        logits.append(outputs)
+        embeddings.append(embedder.embed(batch) if embedder else features.numpy())
+    return torch.cat(logits).softmax(1).numpy(), np.concatenate(embeddings)
 
 
 def features(
@@ -96,8 +129,3 @@ def features(
     values["score"] = round(float(probabilities[1] if len(probabilities) == 2 else probabilities.max()), 6)
     values["entropy"] = round(float(-(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum()), 6)
     return values
-
-
-def to_tensor(prepared: NDArray[np.uint16]) -> torch.Tensor:
-    """(N, H, W) uint16, 0..65535 -> (N, 1, H, W) float32, 0..1"""
-    return torch.from_numpy(prepared.astype(np.float32)).div_(65535.0).unsqueeze(1)

@@ -46,6 +46,8 @@ class IngestRecord(Record):
     accepted: int
     quarantined: int
     quarantine_reasons: dict[str, int]
+    to_review: int
+    """Accepted images that de-identification has flagged for a person to look at."""
     splits: dict[str, int]
     """Images in each of ``train``, ``val``, ``test``, ``recent`` (held-out newly captured studies) and ``reserve``."""
     captured: int
@@ -57,7 +59,8 @@ class IngestRecord(Record):
 
 
 class PreprocessRecord(Record):
-    """``<split>.npy`` (uint16, N x H x W, 0..65535 is 0..1) and ``<split>.parquet`` (the same N rows of the manifest)."""
+    """``<split>-00000.npy`` ... (uint16, N x H x W or N x H x W x 3, 0..65535 is 0..1), ``<split>.parquet`` (the same N rows of
+    the manifest) and ``shards.json`` (their sizes and checksums)."""
 
     stage = "preprocess"
     counts: dict[str, int]
@@ -65,6 +68,7 @@ class PreprocessRecord(Record):
     """Mean intensity of the training split, in 0..1."""
     std: float
     shards_digest: str
+    """SHA-256 of ``shards.json``, which holds those of all files."""
 
 
 class TrainRecord(Record):

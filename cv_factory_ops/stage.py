@@ -2,7 +2,7 @@
 
 A stage reads the records of earlier stages under the run, works in a private folder, and publishes that folder together
 with its own record in one atomic step. The same inputs give the stored result without working again; a killed stage leaves
-nothing half done; a second start of a running stage waits for the first and returns its result.
+nothing half done in sight; a second start of a running stage waits for the first and returns its result.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ log = logging.getLogger("cvf")
 R = TypeVar("R", bound=Record)
 
 
+INPUTS = ".inputs"
+"""The digest of what a private folder is made from, while it is in work."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """Which function does a stage's work, and what its result depends on."""
@@ -49,6 +53,8 @@ class Spec:
     """``module:function`` that digests what it reads from outside the run, taking the :class:`Stage`."""
     cleanup: str = ""
     """``module:function`` that is called with the :class:`Stage` once its result is published."""
+    resumes: bool = False
+    """Whether the private folder of an interrupted try is kept, for a next one with the same inputs to go on from."""
     assist: str = ""
     """``module:function`` that further nodes run instead of ``work``, taking the :class:`Stage` and a function that says
     whether the result is there already."""
@@ -62,12 +68,18 @@ STAGES = {
         ("project", "domain", "labels", "data", "splits"),
         "ingestion.ingest:fingerprint",
     ),
-    "preprocess": Spec("preprocessing.shards:run", "write the training shards", ("ingest",), ("preprocessing",)),
+    "preprocess": Spec(
+        "preprocessing.preprocess:run",
+        "write the training shards",
+        ("ingest",),
+        ("decoding", "preprocessing"),
+        resumes=True,
+    ),
     "train": Spec(
         "training.train:run",
         "train with DDP, write the model bundle",
         ("ingest", "preprocess"),
-        ("project", "domain", "labels", "preprocessing", "model", "training", "mlflow"),
+        ("project", "domain", "labels", "decoding", "preprocessing", "model", "training", "embedding", "mlflow"),
         cleanup="training.train:forget_checkpoint",
         assist="training.train:assist",
     ),
@@ -174,9 +186,9 @@ def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False
         if not force and (stored := _stored(stage, digest)):
             log.info("%s: nothing has changed: %s", name, stored.record["summary"])
             return stored
-        shutil.rmtree(stage.out, ignore_errors=True)
-        stage.out.mkdir(parents=True)
         try:
+            if not (spec.resumes and not force and _left_by_same_inputs(stage, digest)):
+                _start_clean(stage, digest)
             started = time.monotonic()
             record: Record = _function(spec.work)(stage)
             result = Result(
@@ -186,11 +198,15 @@ def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False
                 seconds=round(time.monotonic() - started, 3),
                 record=record.model_dump(mode="json"),
             )
+            (stage.out / INPUTS).unlink()
             _publish(stage, result)
-        except OSError as error:
-            raise storage.explained_os_error(error, str(error.filename or stage.out)) from error
-        finally:
-            shutil.rmtree(stage.out, ignore_errors=True)
+        except BaseException as error:
+            if isinstance(error, Exception) or not spec.resumes:
+                shutil.rmtree(stage.out, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise storage.explained_os_error(error, str(error.filename or stage.out)) from error
+            raise
+        shutil.rmtree(stage.out, ignore_errors=True)
         if spec.cleanup:
             _function(spec.cleanup)(stage)
     log.info("%s: %s (%.1f s)", name, record.summary, result.seconds)
@@ -237,6 +253,17 @@ def _workspace(run: str) -> Path:
     path = storage.path_of(run) or home() / "var" / "work" / storage.text_digest(run)[:16]
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _left_by_same_inputs(stage: Stage, digest: str) -> bool:
+    inputs = stage.out / INPUTS
+    return inputs.exists() and inputs.read_text() == digest
+
+
+def _start_clean(stage: Stage, digest: str) -> None:
+    shutil.rmtree(stage.out, ignore_errors=True)
+    stage.out.mkdir(parents=True)
+    (stage.out / INPUTS).write_text(digest)
 
 
 @contextmanager

@@ -128,6 +128,8 @@ def _limits(field: FieldInfo) -> list[str]:
 def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
+    if isinstance(field.default, list) and field.default and isinstance(field.default[0], BaseModel):
+        return ", ".join(f"`{_kind(type(item))}`" for item in field.default)
     if isinstance(field.default, BaseModel):
         return f"`{_kind(type(field.default))}`" if _kind(type(field.default)) else ""
     return f"`{field.default}`" if field.default is not None else "null"

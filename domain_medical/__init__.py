@@ -5,10 +5,19 @@ Importing it is light: pydicom is imported by the first study. Registered as the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cv_factory_ops.domain import Decoded, Domain, Kind
+from cv_factory_ops.domain import Decoded, Decoding, DeidentificationConfig, Deidentified, Domain, Kind
+
+START_OF_FILE = re.compile(
+    rb"(?s:.{128}DICM"  # PS3.10 section 7.1
+    rb"|[\x02\x08]\0[\0-\x20]\0(?:UL|OB|UI|CS|SH|LO|DA)"  # without its preamble: explicit VR, little endian
+    rb"|\0[\x02\x08]\0[\0-\x20](?:UL|OB|UI|CS|SH|LO|DA)"  # explicit VR, big endian
+    rb"|\x08\0[\0-\x20]\0.[\0\x01]\0\0)"  # implicit VR, little endian: a value below 512 bytes
+)
+"""How DICOM files start; those from before the preamble (ACR-NEMA, and data sets stored bare) with group 0002 or 0008."""
 
 
 class Medical:
@@ -33,23 +42,34 @@ class Medical:
     }
 
     def recognises(self, data: bytes) -> bool:
-        """Whether the File Meta Information's prefix is there (PS3.10 section 7.1)."""
-        return data[128:132] == b"DICM"
+        """Whether it starts like a file of PS3.10, with or without its preamble."""
+        return START_OF_FILE.match(data) is not None
 
-    def decode(self, data: bytes) -> Decoded:
-        from domain_medical.dicom import decode
+    def decode(self, data: bytes, decoding: Decoding) -> Iterator[Decoded]:
+        from domain_medical.pixels import decode
 
-        return decode(data)
+        return decode(data, decoding)
+
+    def listed(self, index: bytes) -> list[str] | None:
+        from domain_medical.dicom import listed
+
+        return listed(index)
+
+    def remapped(self, identifier: str) -> str:
+        """The pseudonym of a UID. Who matches a table compares the UID itself too: a de-identified file's are pseudonyms."""
+        from domain_medical.dicom import remapped_uid
+
+        return remapped_uid(identifier)
 
     def require_deidentified(self, data: bytes) -> None:
         from domain_medical.deidentify import require_deidentified
 
         require_deidentified(data)
 
-    def deidentify(self, data: bytes) -> bytes:
+    def deidentify(self, data: bytes, settings: DeidentificationConfig) -> Deidentified:
         from domain_medical.deidentify import deidentify
 
-        return deidentify(data)
+        return deidentify(data, settings)
 
     def generate(self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str]) -> None:
         from domain_medical.synthetic import generate

@@ -1,8 +1,7 @@
-"""DICOM Part 10 files to images as a viewer shows them, with metadata that identifies nobody.
+"""DICOM files as data sets: reading, what may be known of them, and the pseudonyms of whom they are about.
 
-The order is the standard's: Modality LUT or rescale (PS3.3 C.11.1), VOI LUT or window (C.11.2), then the inversion of
-MONOCHROME1 (C.7.6.3.1.2). Intensities are scaled by what the file declares (window, bits), not by its own extremes, so
-that images of one scanner stay comparable. Part and section numbers are those of DICOM 2024b.
+Files are read as they are found: with or without the preamble of PS3.10, deflated, in either byte order. Every message is
+made of names and numbers, never of values. Part and section numbers are those of DICOM 2024b.
 """
 
 from __future__ import annotations
@@ -10,27 +9,40 @@ from __future__ import annotations
 import logging
 import math
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydicom import Dataset, config, dcmread
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels.processing import apply_color_lut
-from pydicom.pixels.utils import get_expected_length, pixel_array
-from pydicom.uid import UID, RLELossless
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.filereader import read_dataset, read_preamble
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
 
-from cv_factory_ops.domain import Decoded, Metadata, pseudonym
+from cv_factory_ops.domain import Metadata, pseudonym
 from cv_factory_ops.errors import Rejected
+from domain_medical import START_OF_FILE
 
-MAX_PIXELS = 100_000_000
-"""Rows times columns above which an image is refused: the largest mammograms have a quarter of it."""
+MAX_INFLATED = 512 << 20
+"""Bytes above which a deflated data set is refused: a thousandth of it in the file would do."""
 
-_FRAME_MACROS = ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence")
-_LUMA = np.array([0.299, 0.587, 0.114])
-"""Weights of red, green and blue in luminance (ITU-R BT.601)."""
+PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+
+_DEFERRED = 1 << 20
+"""Bytes above which a value stays where it is until it is asked for: pixels are not copied."""
+_IS_PLAIN = {"AE", "AS", "CS", "DS", "IS", "LO", "SH", "UI"}
+_NUMBERS = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FL": "f", "FD": "d"}
 
 # Validation happens here, by what is needed; pydicom's own warnings quote values, which may be a patient's.
 config.settings.reading_validation_mode = config.IGNORE
@@ -38,39 +50,60 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 _QUIET = re.compile(r"pydicom\b|domain_medical\b")
 
 
-def decode(data: bytes) -> Decoded:
-    """Image, pseudonyms and metadata of a study. Of several frames, the middle one.
+def read(data: bytes) -> FileDataset:
+    """The data set of a DICOM file. Its file meta information always names a transfer syntax.
 
     Raises:
-        Rejected: ``not_dicom``, ``truncated``, ``no_pixels``, ``too_large`` or ``undecodable``.
-    """
-    study = read(data)
-    index = _check_pixels(study)
-    try:
-        _adopt_frame_attributes(study, index)
-        image = _shown(study, index)
-    except Exception as error:
-        raise Rejected("undecodable", f"the pixel data cannot be decoded ({type(error).__name__})") from None
-    if not np.isfinite(image).all():
-        raise Rejected("undecodable", "the pixel data holds values that are not finite")
-    return Decoded(image, *identity(study), metadata(study))
-
-
-def read(data: bytes) -> Dataset:
-    """The data set of a DICOM Part 10 file.
-
-    Raises:
-        Rejected: ``not_dicom``, ``truncated`` or ``undecodable``.
+        Rejected: ``not_dicom``, ``truncated``, ``too_large`` or ``undecodable``.
     """
     silence_warnings()
+    if not START_OF_FILE.match(data):
+        raise Rejected("not_dicom", "is not a DICOM file")
     try:
-        return dcmread(BytesIO(data))
-    except InvalidDicomError:
-        raise Rejected("not_dicom", "is not a DICOM Part 10 file") from None
+        study = _parsed(data)
+    except Rejected:
+        raise
     except EOFError:
         raise Rejected("truncated", "the file ends within an element") from None
     except Exception as error:
         raise Rejected("undecodable", f"the data set cannot be read ({type(error).__name__})") from None
+    is_plausible = UID(text(study, "SOPClassUID") or "-").is_valid or ("Rows" in study and "PixelData" in study)
+    if data[128:132] != b"DICM" and not is_plausible:
+        raise Rejected("not_dicom", "is not a DICOM file")
+    return study
+
+
+def _parsed(data: bytes) -> FileDataset:
+    source = BytesIO(data)
+    preamble = read_preamble(source, True)
+    meta = FileMetaDataset(read_dataset(source, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
+    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        study = dcmread(BytesIO(data), defer_size=_DEFERRED, force=True)
+    else:
+        study = dcmread(BytesIO(_inflated(data, source.tell())), defer_size=_DEFERRED, force=True)
+        study.file_meta, study.preamble = meta, preamble
+    if not study.file_meta.get("TransferSyntaxUID"):
+        study.file_meta.TransferSyntaxUID = _guessed_syntax(study)
+    return study
+
+
+def _inflated(data: bytes, start: int) -> bytes:
+    """The data set that follows the file meta information in a deflated file (PS3.5 A.5), in bounded memory."""
+    stream, inflated = zlib.decompressobj(-zlib.MAX_WBITS), BytesIO()
+    packed = data[start:]
+    while packed and not stream.eof:
+        inflated.write(stream.decompress(packed, 1 << 20))
+        packed = stream.unconsumed_tail
+        if inflated.tell() > MAX_INFLATED:
+            raise Rejected("too_large", f"inflates to more than the {MAX_INFLATED} bytes that are allowed")
+    if not stream.eof:
+        raise Rejected("truncated", "the deflated data set is cut")
+    return inflated.getvalue()
+
+
+def _guessed_syntax(study: FileDataset) -> UID:
+    is_implicit, is_little = study.original_encoding
+    return ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
 
 
 def silence_warnings() -> None:
@@ -79,12 +112,58 @@ def silence_warnings() -> None:
         warnings.filterwarnings("ignore", module=_QUIET.pattern)
 
 
+def listed(index: bytes) -> list[str] | None:
+    """The files that a DICOMDIR (PS3.3 annex F) names and has in use, as POSIX paths relative to it; None of other bytes.
+
+    Raises:
+        Rejected: ``truncated`` or ``undecodable``: a broken DICOMDIR, or one that names files outside of its directory.
+    """
+    if index[128:132] != b"DICM" or MediaStorageDirectoryStorage.encode() not in index[:4096]:
+        return None
+    study = read(index)
+    if text(study.file_meta, "MediaStorageSOPClassUID") != MediaStorageDirectoryStorage:
+        return None
+    records = study.get_item(0x00041220, keep_deferred=True)
+    if isinstance(records, RawDataElement) and records.value_tell + records.length > len(index):
+        raise Rejected("truncated", "the DICOMDIR ends within its records: the file is cut")
+    try:
+        paths = [path for record in study.get("DirectoryRecordSequence") or [] if (path := _referenced(record))]
+    except Rejected:
+        raise
+    except Exception as error:
+        raise Rejected("undecodable", f"the records of the DICOMDIR cannot be read ({type(error).__name__})") from None
+    if "DirectoryRecordSequence" not in study:
+        raise Rejected("truncated", "is a DICOMDIR without records: the file is cut")
+    return list(dict.fromkeys(paths))
+
+
+def _referenced(record: Dataset) -> str | None:
+    """ReferencedFileID of a directory record that is in use (PS3.3 F.3.2.2)."""
+    value = record.get("ReferencedFileID")
+    if not value or record.get("RecordInUseFlag") == 0:
+        return None
+    parts = [value] if isinstance(value, str) else list(value)
+    if any(part in {"", ".", ".."} or not part.isprintable() or set(part) & set("/\\:") for part in parts):
+        raise Rejected("undecodable", "the DICOMDIR names a file outside of its directory")
+    return "/".join(parts)
+
+
 def identity(study: Dataset) -> tuple[str, str]:
     """Pseudonyms of patient and study; those of a de-identified file are taken as they are."""
-    patient, uid = text(study, "PatientID"), text(study, "StudyInstanceUID")
-    if text(study, "PatientIdentityRemoved") == "YES":
-        return patient or "", uid or ""
-    return (pseudonym(patient, "patient") if patient else ""), (remapped_uid(uid) if uid else "")
+    patient = text(study, "PatientID") or ""
+    if patient and not _is_deidentified(study):
+        patient = pseudonym(patient, "patient")
+    return patient, uid(study, "StudyInstanceUID")
+
+
+def uid(study: Dataset, keyword: str) -> str:
+    """The pseudonym of a UID of the data set, taken as it is from a de-identified file; empty where there is none."""
+    value = text(study, keyword) or ""
+    return remapped_uid(value) if value and not _is_deidentified(study) else value
+
+
+def _is_deidentified(study: Dataset) -> bool:
+    return text(study, "PatientIdentityRemoved") == "YES"
 
 
 def remapped_uid(uid: str) -> str:
@@ -112,12 +191,49 @@ def metadata(study: Dataset) -> Metadata:
     }
 
 
+def spacing(study: Dataset) -> tuple[float, float] | None:
+    """Distance of neighbouring rows and of neighbouring columns in mm (PS3.3 10.7.1.3); None where the file does not say.
+
+    In this order: PixelSpacing; ImagerPixelSpacing, which is that of the detector, divided by the estimated magnification
+    (C.8.7.2); NominalScannedPixelSpacing of scanned film; the regions of ultrasound (C.8.5.5).
+    """
+    if found := _plausible(numbers(study, "PixelSpacing")):
+        return found
+    if found := _plausible(numbers(study, "ImagerPixelSpacing")):
+        factor = number(study, "EstimatedRadiographicMagnificationFactor") or 1.0
+        return _plausible([side / factor for side in found]) or found
+    return _plausible(numbers(study, "NominalScannedPixelSpacing")) or _ultrasound_spacing(study)
+
+
+def _ultrasound_spacing(study: Dataset) -> tuple[float, float] | None:
+    """Of the regions that show space (two-dimensional, in cm), if they agree."""
+    found = set()
+    for region in _items(study, "SequenceOfUltrasoundRegions"):
+        units = number(region, "PhysicalUnitsXDirection"), number(region, "PhysicalUnitsYDirection")
+        deltas = [number(region, keyword) for keyword in ("PhysicalDeltaY", "PhysicalDeltaX")]
+        if units == (3, 3) and number(region, "RegionSpatialFormat") == 1:
+            found.add(_plausible([10 * abs(delta) for delta in deltas if delta is not None]))
+    return found.pop() if len(found) == 1 else None
+
+
+def _items(study: Dataset, keyword: str) -> list[Dataset]:
+    try:
+        return list(study.get(keyword) or [])
+    except Exception:
+        return []
+
+
+def _plausible(sides: list[float]) -> tuple[float, float] | None:
+    row, column = sides if len(sides) == 2 else (0.0, 0.0)
+    return (row, column) if row > 0 and column > 0 and math.isfinite(row + column) else None
+
+
 def text(study: Dataset, keyword: str) -> str | None:
     """The first value of an element, stripped; None where it is missing, empty or of an impossible VR."""
     try:
-        value = study.get(keyword)
+        value = _value(study, keyword)
         first = value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value
-        return (str(first).strip()[:64] or None) if first is not None else None
+        return (str(first).strip(" \0\t\r\n")[:64] or None) if first is not None else None
     except Exception:
         return None
 
@@ -131,115 +247,33 @@ def number(study: Dataset, keyword: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def numbers(study: Dataset, keyword: str) -> list[float]:
+    """All values of an element as finite numbers; empty where one is not."""
+    try:
+        value = _value(study, keyword)
+        several = [value] if isinstance(value, str | float | int) else list(value)
+        found = [float(item) for item in several]
+    except Exception:
+        return []
+    return found if all(map(math.isfinite, found)) else []
+
+
+def _value(study: Dataset, keyword: str) -> Any:
+    """The value of an element, or None. Plain ones are taken from their bytes, as conversion takes most of the time."""
+    tag = tag_for_keyword(keyword)
+    if tag is None or tag not in study:
+        return None
+    raw = study.get_item(tag, keep_deferred=True)
+    if isinstance(raw, RawDataElement) and raw.value and raw.VR is not None:
+        if raw.VR in _IS_PLAIN and raw.value.isascii() and b"\x1b" not in raw.value:  # no other character set
+            found = raw.value.decode("ascii").rstrip(" \0").split("\\")
+            return found if len(found) > 1 else found[0]
+        if (code := _NUMBERS.get(raw.VR)) and len(raw.value) == struct.calcsize(code):
+            return struct.unpack(("<" if raw.is_little_endian else ">") + code, raw.value)[0]
+    return study.get(tag).value
+
+
 def _age_years(age: str | None) -> float | None:
     """``045Y``, ``018M``, ``003W``, ``010D`` (VR AS, PS3.5 6.2) in years."""
     found = re.fullmatch(r"(\d{3})([YMWD])", age or "")
     return round(int(found[1]) / {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}[found[2]], 2) if found else None
-
-
-def _check_pixels(study: Dataset) -> int:
-    """The index of the frame to decode, after the checks that need no decoding."""
-    if not any(keyword in study for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        kind = text(study, "SOPClassUID") or text(study.file_meta, "MediaStorageSOPClassUID")
-        if "Rows" in study or kind is None or "Image" in UID(kind).name:
-            raise Rejected("truncated", "is an image without pixel data: the file is cut")
-        raise Rejected("no_pixels", "has no pixel data: it is not an image")
-    rows, columns, frames = (number(study, keyword) for keyword in ("Rows", "Columns", "NumberOfFrames"))
-    if not rows or not columns:
-        raise Rejected("undecodable", "Rows or Columns is missing or not a number")
-    if rows * columns > MAX_PIXELS:
-        raise Rejected("too_large", f"has {rows:.0f} x {columns:.0f} pixels; allowed are {MAX_PIXELS}")
-    if _is_cut(study):
-        raise Rejected("truncated", "the pixel data is shorter than the image")
-    return max(int(frames or 1), 1) // 2
-
-
-def _is_cut(study: Dataset) -> bool:
-    try:
-        is_native = not study.file_meta.TransferSyntaxUID.is_compressed
-        return is_native and "PixelData" in study and len(study.PixelData) < get_expected_length(study)
-    except Exception:
-        return False  # whatever is wrong here is reported by decoding
-
-
-def _adopt_frame_attributes(study: Dataset, index: int) -> None:
-    """Bring the functional groups of enhanced multi-frame images (PS3.3 C.7.6.16) to the top, where others have them."""
-    shared, frames = study.get("SharedFunctionalGroupsSequence"), study.get("PerFrameFunctionalGroupsSequence")
-    for group in [*(shared or [])[:1], *(frames or [])[index : index + 1]]:
-        for macro in _FRAME_MACROS:
-            if group.get(macro):
-                study.update(group[macro].value[0])
-
-
-def _shown(study: Dataset, index: int) -> NDArray[np.float32]:
-    """(rows, columns), 0 (black) .. 1 (white)"""
-    frames = int(number(study, "NumberOfFrames") or 1)
-    # On broken RLE the faster plugin panics, with an exception that is no Exception; pydicom's own decoder raises.
-    plugin = "pydicom" if study.file_meta.TransferSyntaxUID == RLELossless else ""
-    stored = pixel_array(study, index=index if frames > 1 else 0, decoding_plugin=plugin)
-    photometric = study.PhotometricInterpretation
-    if photometric == "PALETTE COLOR":
-        colours = apply_color_lut(stored, study)
-        shown = colours[..., :3] @ _LUMA / np.iinfo(colours.dtype).max
-    elif stored.ndim == 3:
-        shown = stored @ _LUMA / (2.0**study.BitsStored - 1)
-    else:
-        shown = _grey(stored, study)
-        if photometric == "MONOCHROME1":
-            shown = 1.0 - shown
-    image: NDArray[np.float32] = np.clip(shown, 0.0, 1.0).astype(np.float32)
-    return image
-
-
-def _grey(stored: NDArray[np.generic], study: Dataset) -> NDArray[np.float64]:
-    """Modality LUT, then VOI LUT, in the declared range of 0..1."""
-    values, low, high = _modality(stored.astype(np.float64), study)
-    if luts := study.get("VOILUTSequence"):
-        shown, top = _look_up(values, luts[0], study)
-        return shown / top
-    center, width = number(study, "WindowCenter"), number(study, "WindowWidth")
-    if center is not None and width is not None and width > 0:  # writers put 0 where they have no window
-        return window(values, center, width, text(study, "VOILUTFunction") or "LINEAR")
-    return (values - low) / max(high - low, 1e-12)
-
-
-def _modality(stored: NDArray[np.float64], study: Dataset) -> tuple[NDArray[np.float64], float, float]:
-    """Modality values with the lowest and highest value that the file declares possible."""
-    if luts := study.get("ModalityLUTSequence"):
-        values, top = _look_up(stored, luts[0], study)
-        return values, 0.0, top
-    slope, intercept = number(study, "RescaleSlope"), number(study, "RescaleIntercept")
-    slope, intercept = (1.0 if slope is None else slope), (0.0 if intercept is None else intercept)
-    values = stored * slope + intercept
-    if "PixelData" not in study:  # floating point pixels declare no range (PS3.3 C.7.6.24): only here their own extremes
-        return values, float(values.min()), float(values.max())
-    lowest = -(2.0 ** (study.BitsStored - 1)) if study.PixelRepresentation else 0.0
-    ends = sorted((lowest * slope + intercept, (lowest + 2.0**study.BitsStored - 1) * slope + intercept))
-    return values, ends[0], ends[1]
-
-
-def _look_up(values: NDArray[np.float64], lut: Dataset, study: Dataset) -> tuple[NDArray[np.float64], float]:
-    """A LUT of the Modality or VOI module (PS3.3 C.11.1.1.1) and the largest output that its descriptor declares.
-
-    pydicom's functions index in the type of the output, so that a table of 4096 entries of 8 bits wraps around.
-    """
-    entries, first, bits = (int(value) for value in lut.LUTDescriptor)
-    data = lut.LUTData
-    if isinstance(data, bytes):
-        words = "<u2" if study.original_encoding[1] is not False else ">u2"
-        is_packed = bits == 8 and len(data) < 2 * (entries or 65536)
-        data = np.frombuffer(data, np.uint8 if is_packed else words)
-    table = np.asarray(data, dtype=np.float64)[: entries or 65536]
-    index = np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)
-    return table[index], 2.0**bits - 1
-
-
-def window(values: NDArray[np.float64], center: float, width: float, function: str) -> NDArray[np.float64]:
-    """Modality values -> 0..1 by a window; ``function`` is LINEAR, LINEAR_EXACT or SIGMOID (PS3.3 C.11.2.1.2, C.11.2.1.3)."""
-    match function:
-        case "SIGMOID":
-            return 1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - center) / width, -500, 500)))
-        case "LINEAR_EXACT":
-            return np.clip((values - center) / width + 0.5, 0.0, 1.0)
-        case _:
-            return np.clip((values - (center - 0.5)) / max(width - 1.0, 1e-6) + 0.5, 0.0, 1.0)

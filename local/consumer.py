@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from cv_factory_ops import captures
 from cv_factory_ops.config import NpzSource, PhantomSource, ProjectConfig
+from cv_factory_ops.domain import open_domain
 from cv_factory_ops.errors import ConfigError, Unavailable
 from cv_factory_ops.ingestion.manifest import read_images, read_manifest
-from domain_medical.deidentify import deidentify
 from domain_medical.synthetic import SCANNERS, SHIFTED_SCANNER, studies
 
 
@@ -48,8 +48,11 @@ def make_studies(config: ProjectConfig, count: int, *, shifted: bool, training_r
             scanners = (SHIFTED_SCANNER,) if shifted else SCANNERS
             seed = source.seed + (2000 if shifted else 1000)
             made = studies(count, image_size=source.image_size, seed=seed, labels=config.labels, scanners=scanners)
+            domain, settings = open_domain(config.domain), config.deidentification
+            settings = settings.model_copy(update={"pixels": "trust"})  # phantoms are drawn without text
             return [
-                Study(f"{kind}-{i:04d}", "application/dicom", deidentify(body), label) for i, (body, label) in enumerate(made)
+                Study(f"{kind}-{i:04d}", domain.content_type, domain.deidentify(body, settings).content, label)
+                for i, (body, label) in enumerate(made)
             ]
         case NpzSource():
             reserved = _reserved(config, training_run)

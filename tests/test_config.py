@@ -30,7 +30,10 @@ def test_the_projects_that_ship_are_valid(path: Path) -> None:
         ({"labels": ["one", "one"]}, "labels must differ"),
         ({"project": "No Good"}, "project: 'No Good' given"),
         ({"gate": {"metric": "f1"}}, "gate.metric: 'f1' given; allowed: 'auc' or 'accuracy'"),
-        ({"data": {}}, "data.source: is missing; One of ``phantoms``, ``files``, ``npz``."),
+        (
+            {"data": {}},
+            "data.source: is missing; One of ``phantoms``, ``files``, ``npz``, ``dicomweb``, ``dimse``, ``received``",
+        ),
     ],
 )
 def test_a_wrong_field_is_one_line_with_its_path_and_what_is_allowed(

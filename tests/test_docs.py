@@ -3,11 +3,12 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from cv_factory_ops.config import KubernetesRuntime, ProjectConfig
+from cv_factory_ops.config import KubernetesRuntime, ProjectConfig, Source
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -48,3 +49,13 @@ def test_the_project_in_kubernetes_is_a_valid_one() -> None:
     config = ProjectConfig.model_validate(TINY | yaml.safe_load(pages[0]))
     assert isinstance(config.runtime, KubernetesRuntime)
     assert config.runtime.pod_of("train").gpus == config.training.processes_per_node
+
+
+def test_every_source_has_a_row_and_a_valid_project() -> None:
+    page = (ROOT / "docs" / "sources.md").read_text()
+    shown = [
+        ProjectConfig.model_validate(TINY | yaml.safe_load(text)) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    ]
+    kinds = {model.model_fields["kind"].default for model in get_args(get_args(Source)[0])}
+    assert {config.data.source.kind for config in shown} == kinds - {"phantoms"}
+    assert set(re.findall(r"^\| `(\w+)` \|", page.partition("## Labels")[0], re.MULTILINE)) == kinds

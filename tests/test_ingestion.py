@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,18 +17,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cv_factory_ops import captures, storage
-from cv_factory_ops.config import ProjectConfig, SplitConfig, as_uri, load
-from cv_factory_ops.domain import pseudonym
+from cv_factory_ops.config import Decoding, ProjectConfig, SplitConfig, as_uri, load
+from cv_factory_ops.domain import DeidentificationConfig, pseudonym
 from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.ingestion import splits
-from cv_factory_ops.ingestion.decode import decode
+from cv_factory_ops.ingestion.decode import decode_one
 from cv_factory_ops.ingestion.manifest import (
-    ImageWriter,
+    PixelWriter,
+    Place,
     Row,
     pixel_digest,
     read_images,
     read_manifest,
     to_uint16,
+    write_manifest,
 )
 from cv_factory_ops.records import IngestRecord
 from cv_factory_ops.stage import run_stage
@@ -90,8 +93,14 @@ def files(path: str = "data", labels: str = "data.csv", **options: Any) -> dict[
 
 def row(id: str, **fields: Any) -> Row:
     digest = hashlib.sha256(fields.pop("pixels", id).encode()).hexdigest()
-    defaults: dict[str, Any] = {"patient": "", "study": "", "label": 0, "split": "", "source": "base", "rows": 1, "columns": 1}
-    return Row(id=id, digest=digest, metadata={}, **(defaults | fields))
+    texts = {"patient": "", "study": "", "instance": "", "split": "", "source": "base", "review": ""}
+    numbers = {"label": 0, "rows": 1, "columns": 1, "channels": 1, "row_spacing": None, "column_spacing": None}
+    return Row(id=id, digest=digest, **{"metadata": {}, "place": Place("", 0, 0), **texts, **numbers, **fields})
+
+
+def split(rows: list[Row], config: SplitConfig, locked: Iterable[str] = (), known: dict[str, str] | None = None) -> list[Row]:
+    known = known or {}
+    return splits.assign(rows, known | splits.draw(rows, config, known), frozenset(locked))
 
 
 class TestPhantoms:
@@ -248,7 +257,9 @@ class TestFiles:
         run = f"s3://{bucket}/store/tiny/runs/1"
         assert ingest(path, run) == local
         names = set(storage.listing(f"{run}/ingest"))
-        assert names == {"result.json", "manifest.parquet", "images-00000.parquet", "quarantine.jsonl"}
+        pixels = {name for name in names if name.startswith("pixels-")}
+        assert pixels
+        assert names - pixels == {"result.json", "manifest.parquet", "quarantine.jsonl"}
         storage.write_bytes(f"s3://{bucket}/in/images/site0/000.dcm", png(noise(5)))
         assert ingest(path, run).data_digest != local.data_digest
 
@@ -268,9 +279,12 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("table", "message"),
         [
-            ("file;label\na;normal\n", "column file, label is missing; allowed: file, label and optionally patient"),
+            (
+                "file;label\na;normal\n",
+                "column label and file, study or instance is missing; needed: label, one of file, study",
+            ),
             ("file,class\na,normal\n", "column label is missing"),
-            ("", "column file, label is missing"),
+            ("", "column label and file, study or instance is missing"),
             ("file,label\na.png,Doe^Jane\n", "line 2: the label is none of those allowed: normal, opacity"),
             ("file,label\na.png\n", "line 2: the label is none of those allowed"),
             ("file,label\na.png,normal\n./a.png,normal\n", "line 3: this file has a row already"),
@@ -288,16 +302,17 @@ class TestFiles:
         assert "Doe" not in str(caught.value), "with swapped columns, a cell may be a person's name"
 
     def test_missing_places(self, project: Project, home: Path) -> None:
-        with pytest.raises(DataError, match=r"data\.csv: is not there"):
-            ingest(project(data=files()))
-        (home / "data.csv").write_text("file,label\n")
         with pytest.raises(DataError, match="/data: is not there"):
             ingest(project(data=files()))
-        with pytest.raises(DataError, match=r"data\.csv: is not a directory"):
-            ingest(project(data=files(path="data.csv")))
         (home / "data").mkdir()
         with pytest.raises(DataError, match="/data: holds no files"):
             ingest(project(data=files()))
+        (home / "data" / "a.png").write_bytes(png(noise(1)))
+        with pytest.raises(DataError, match=r"data\.csv: is not there"):
+            ingest(project(data=files()))
+        (home / "data.csv").write_text("file,label\n")
+        with pytest.raises(DataError, match=r"data\.csv: is a file; allowed: a directory, a DICOMDIR, or an archive"):
+            ingest(project(data=files(path="data.csv")))
 
     def test_nothing_usable(self, project: Project, home: Path) -> None:
         (home / "data").mkdir()
@@ -316,28 +331,58 @@ class TestFiles:
 
 
 class TestSplits:
-    def test_hash_split_has_the_shares_asked_for_and_is_stable(self) -> None:
-        rows = [row(f"{i}", patient=f"p{i}") for i in range(4000)]
-        config = SplitConfig(val=0.1, test=0.3)
-        found = {r.id: r.split for r in splits.assign(rows, config, frozenset())}
-        shares = {name: list(found.values()).count(name) / 4000 for name in ("train", "val", "test")}
-        assert shares == pytest.approx({"train": 0.6, "val": 0.1, "test": 0.3}, abs=0.03)
-        fewer = {r.id: r.split for r in splits.assign(rows[::7], config, frozenset())}
-        assert fewer == {name: found[name] for name in fewer}
-        other = {r.id: r.split for r in splits.assign(rows, SplitConfig(val=0.1, test=0.3, seed=1), frozenset())}
-        assert other != found
+    def test_each_label_has_the_shares_asked_for(self) -> None:
+        rows = [row(f"{i}", patient=f"p{i}", label=int(i % 10 == 0)) for i in range(1000)]
+        found = split(rows, SplitConfig(val=0.1, test=0.3))
+        for label, size in ((0, 900), (1, 100)):
+            counts = Counter(r.split for r in found if r.label == label)
+            assert counts == {"train": 0.6 * size, "val": 0.1 * size, "test": 0.3 * size}
+
+    def test_the_seed_decides_and_the_order_does_not(self) -> None:
+        rows = [row(f"{i}", patient=f"p{i}") for i in range(100)]
+        found = {r.id: r.split for r in split(rows, SplitConfig())}
+        assert {r.id: r.split for r in split(rows[::-1], SplitConfig())} == found
+        assert {r.id: r.split for r in split(rows, SplitConfig(seed=1))} != found
+
+    def test_nobody_moves_when_patients_arrive(self) -> None:
+        rows = [row(f"{i}", patient=f"p{i}", label=int(i % 5 == 0)) for i in range(300)]
+        known: dict[str, str] = {}
+        for count in (20, 21, 100, 300):
+            new = splits.draw(rows[:count], SplitConfig(), known)
+            assert not new.keys() & known.keys()
+            known |= new
+        shares = Counter(known[f"p{i}"] for i in range(0, 300, 5))
+        assert shares["test"] == pytest.approx(0.2 * 60, abs=1)
+        assert shares["val"] == pytest.approx(0.15 * 60, abs=1)
+
+    def test_all_images_of_a_patient_stay_together(self) -> None:
+        rows = [row(f"{i}", patient=f"p{i % 30}", label=int(i == 29)) for i in range(120)]
+        found = split(rows, SplitConfig())
+        splits.refuse_leakage(found)
+        assert len({(r.patient, r.split) for r in found}) == 30
+
+    def test_runs_of_a_project_remember_who_was_where(self, project: Project, home: Path) -> None:
+        rows = write_folder(home / "data", count=60)
+        write_table(home / "data.csv", rows[:30])
+        ingest(project(data=files(max_quarantined=1.0)))
+        first = read_manifest(home / "run" / "ingest").set_index("id")["split"]
+        write_table(home / "data.csv", rows)
+        ingest(project(data=files()), "run2")
+        second = read_manifest(home / "run2" / "ingest").set_index("id")["split"]
+        assert second[first.index].equals(first)
+        assert len(second) == 60
 
     def test_captures_are_never_test(self) -> None:
         rows = [row(f"{i}", source="capture") for i in range(100)]
-        assert {r.split for r in splits.assign(rows, SplitConfig(), frozenset())} == {"train", "val", "recent"}
+        assert {r.split for r in split(rows, SplitConfig())} == {"train", "val", "recent"}
 
     def test_locked_test_set_stays_exactly_itself(self) -> None:
         rows = [row(f"{i}", patient=f"p{i}") for i in range(100)]
-        before = splits.assign(rows, SplitConfig(), frozenset())
+        before = split(rows, SplitConfig())
         locked = frozenset(r.digest for r in before if r.split == "test")
         more = [row(f"n{i}", patient=f"p{i}") for i in range(100)] + [row(f"m{i}", patient=f"q{i}") for i in range(100)]
         for config in (SplitConfig(), SplitConfig(test=0.05, seed=3)):
-            after = splits.assign(rows + more, config, locked)
+            after = split(rows + more, config, locked)
             assert {r.digest for r in after if r.split == "test"} == locked
             splits.refuse_leakage(after)
             tested = {r.patient for r in after if r.split == "test"}
@@ -347,7 +392,7 @@ class TestSplits:
     def test_missing_locked_images(self) -> None:
         rows = [row(f"{i}") for i in range(10)]
         with pytest.raises(DataError, match=r"2 of the 3 images of the locked test set are missing .*locked_test\.json"):
-            splits.assign(rows, SplitConfig(), frozenset([rows[0].digest, "gone", "lost"]))
+            split(rows, SplitConfig(), [rows[0].digest, "gone", "lost"])
 
     def test_leakage_names_patients_and_images(self) -> None:
         leaking = [row(f"{s}{i}", patient=f"p{i}", split=s) for i in range(5) for s in ("train", "test")]
@@ -495,10 +540,10 @@ class TestArrays:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"val_images": None}, "val_images is not a file in the archive; expected: <split>_images"),
+            ({"val_images": None}, "val_images is missing; expected: <split>_images"),
             (
                 {"test_images": np.zeros((10, 4), np.uint8)},
-                r"test_images is uint8 \(10, 4\); allowed: uint8, N x rows x columns",
+                r"test_images is uint8 \(10, 4\); allowed: uint8, N x rows x columns, or",
             ),
             ({"test_images": np.zeros((10, 4, 4))}, r"test_images is float64"),
             ({"val_labels": np.zeros((9, 1), np.uint8)}, r"val_labels is uint8 \(9, 1\); allowed: integers, 10 x 1"),
@@ -526,6 +571,11 @@ class TestArrays:
         assert record.quarantine_reasons == {"duplicate": 26}
 
 
+def sent(data: bytes) -> bytes:
+    """A study as a sender makes it ready."""
+    return DOMAIN.deidentify(data, DeidentificationConfig(pixels="trust")).content
+
+
 class TestCaptures:
     def capture(self, config: ProjectConfig, requests: dict[str, tuple[bytes, str]]) -> None:
         lines = [
@@ -551,9 +601,9 @@ class TestCaptures:
         before = ingest(path)
         new = list(studies(40, image_size=48, seed=99, labels=LABELS))
         known = sorted((home / "var" / "storage" / "tiny" / "phantoms").rglob("*.dcm"))[0]
-        requests = {f"id{i}": (DOMAIN.deidentify(data), "application/dicom") for i, (data, _) in enumerate(new)}
+        requests = {f"id{i}": (sent(data), "application/dicom") for i, (data, _) in enumerate(new)}
         requests |= {
-            "known": (DOMAIN.deidentify(known.read_bytes()), "application/dicom"),
+            "known": (sent(known.read_bytes()), "application/dicom"),
             "broken": (b"\x89PNG\r\n\x1a\n", "image/png"),
             "odd": (png(noise(1)), "image/png"),
             "unlabelled": (png(noise(2)), "image/png"),
@@ -583,9 +633,7 @@ class TestCaptures:
         ingest(path)
         base = read_manifest(home / "run" / "ingest").groupby("patient")["split"].first()
         same_people = list(studies(60, image_size=40, seed=3, labels=LABELS))
-        self.capture(
-            load(path), {f"id{i}": (DOMAIN.deidentify(d), "application/dicom") for i, (d, _) in enumerate(same_people)}
-        )
+        self.capture(load(path), {f"id{i}": (sent(d), "application/dicom") for i, (d, _) in enumerate(same_people)})
         captures.add_labels(load(path), {f"id{i}": label for i, (_, label) in enumerate(same_people)})
         ingest(path)
         manifest = read_manifest(home / "run" / "ingest")
@@ -626,25 +674,25 @@ class TestDecode:
             (json.dumps({"instances": [wanted.tolist()]}).encode(), "application/json"),
         ]
         for body, content_type in bodies:
-            decoded = decode(body, content_type, DOMAIN)
+            decoded = decode_one(body, content_type, DOMAIN, Decoding())
             assert decoded.image.dtype == np.float32
             assert np.allclose(decoded.image, wanted, atol=1e-6)
             assert np.array_equal(to_uint16(decoded.image), image.astype(np.uint16) * 257)
 
     def test_pictures_of_other_kinds(self) -> None:
         deep = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
-        assert np.allclose(decode(png(deep), None, DOMAIN).image, deep / 65535, atol=1e-6)
+        assert np.allclose(decode_one(png(deep), None, DOMAIN, Decoding()).image, deep / 65535, atol=1e-6)
         colour = np.zeros((8, 8, 4), np.uint8)
         colour[..., 0] = colour[..., 3] = 255
-        assert np.allclose(decode(png(colour), None, DOMAIN).image, 0.299, atol=0.01)
+        assert np.allclose(decode_one(png(colour), None, DOMAIN, Decoding()).image, 0.299, atol=0.01)
         target = io.BytesIO()
         Image.fromarray(np.full((16, 8), 100, np.uint8)).save(target, "JPEG")
-        assert decode(target.getvalue(), "image/jpeg", DOMAIN).image.shape == (16, 8)
+        assert decode_one(target.getvalue(), "image/jpeg", DOMAIN, Decoding()).image.shape == (16, 8)
 
     def test_studies_are_found_by_type_and_by_signature(self) -> None:
         data, _ = next(studies(1, image_size=32, seed=1, labels=LABELS))
         for content_type in ("application/dicom", "", None, "application/octet-stream"):
-            assert decode(data, content_type, DOMAIN).patient
+            assert decode_one(data, content_type, DOMAIN, Decoding()).patient
 
     @pytest.mark.parametrize(
         ("body", "content_type", "code"),
@@ -673,7 +721,7 @@ class TestDecode:
     )
     def test_refusals(self, body: bytes, content_type: str | None, code: str) -> None:
         with pytest.raises(Rejected) as caught:
-            decode(body, content_type, DOMAIN)
+            decode_one(body, content_type, DOMAIN, Decoding())
         assert caught.value.code == code
         assert "\n" not in str(caught.value)
 
@@ -681,29 +729,30 @@ class TestDecode:
         target = io.BytesIO()
         np.save(target, np.array([[print]], dtype=object), allow_pickle=True)
         with pytest.raises(Rejected):
-            decode(target.getvalue(), "application/x-npy", DOMAIN)
+            decode_one(target.getvalue(), "application/x-npy", DOMAIN, Decoding())
 
     def test_decompression_bombs(self) -> None:
         target = io.BytesIO()
         Image.new("1", (20000, 10000)).save(target, "PNG")
         assert len(target.getvalue()) < 100_000
         with pytest.raises(Rejected) as caught:
-            decode(target.getvalue(), "image/png", DOMAIN)
+            decode_one(target.getvalue(), "image/png", DOMAIN, Decoding())
         assert caught.value.code == "too_large"
 
 
-def test_images_are_written_to_several_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cv_factory_ops.ingestion.manifest.GROUP_BYTES", 1000)
-    monkeypatch.setattr("cv_factory_ops.ingestion.manifest.FILE_BYTES", 5000)
-    from cv_factory_ops.ingestion.manifest import write_manifest
-
-    images = {f"i{i}": to_uint16(np.random.default_rng(i).random((10, 5 + i % 3), dtype=np.float32)) for i in range(80)}
-    with ImageWriter(tmp_path) as writer:
-        for name, pixels in images.items():
-            writer.append(name, pixels)
-    assert len(list(tmp_path.glob("images-*.parquet"))) > 1
-    kept = [name for name in images if name != "i7"]
-    write_manifest(tmp_path, [row(name) for name in kept], {})
-    found = list(read_images(tmp_path))
-    assert [name for name, _ in found] == kept
-    assert all(np.array_equal(pixels, images[name]) for name, pixels in found)
+def test_images_of_several_writers_are_read_in_the_order_of_the_manifest(tmp_path: Path) -> None:
+    shapes = [(10, 5), (3, 7, 3), (1, 1)]
+    images = {f"i{i}": np.random.default_rng(i).integers(0, 65536, shapes[i % 3], dtype=np.uint16) for i in range(200)}
+    rows = []
+    with PixelWriter(tmp_path / "pixels-a.bin") as a, PixelWriter(tmp_path / "pixels-b.bin") as b:
+        for i, (name, pixels) in enumerate(images.items()):
+            place = (a, b)[i % 2].append(pixels)
+            shape = {"rows": pixels.shape[0], "columns": pixels.shape[1], "channels": 3 if pixels.ndim == 3 else 1}
+            rows.append(row(name, place=place, **shape))
+    with (tmp_path / "pixels-a.bin").open("ab") as file:
+        file.write(b"what a killed process leaves")
+    write_manifest(tmp_path, [r for r in rows if r.id != "i7"], {})
+    found = dict(read_images(tmp_path))
+    assert list(found) == list(read_manifest(tmp_path)["id"])
+    assert found.keys() == images.keys() - {"i7"}
+    assert all(np.array_equal(found[name], images[name]) for name in found)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydicom.data import get_testdata_file
 
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.domain import Decoded, open_domain
+from cv_factory_ops.domain import Decoded, DeidentificationConfig, open_domain
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.predictor import Answer, Predictor
 from cv_factory_ops.serving.app import create_app
@@ -98,7 +98,7 @@ def test_a_batch_is_answered_in_its_order(client: httpx.Client) -> None:
 
 
 def test_a_deidentified_study_is_answered(client: httpx.Client) -> None:
-    study = open_domain("medical").deidentify(dicom())
+    study = open_domain("medical").deidentify(dicom(), DeidentificationConfig(pixels="trust")).content
     response = post(client, study, "application/dicom")
     assert response.status_code == 200
     assert response.json()["predictions"][0]["features"]["metadata_modality"] == "MR"
@@ -132,7 +132,7 @@ def bad_instances(image: NDArray[np.float32] | list[object]) -> bytes:
         (b'{"instances": 7}', "application/json", 400, "undecodable"),
         (b'{"instances": []}', "application/json", 400, "undecodable"),
         (bad_instances([[0.5], [0.5, 0.5]]), "application/json", 400, "undecodable"),
-        (bad_instances(np.zeros((2, 2, 3), np.float32)), "application/json", 400, "undecodable"),
+        (bad_instances(np.zeros((2, 2, 4), np.float32)), "application/json", 400, "undecodable"),
         (bad_instances([[]]), "application/json", 400, "undecodable"),
         (bad_instances(2 * IMAGE), "application/json", 400, "undecodable"),
         (b'{"instances": [[[NaN]]]}', "application/json", 400, "undecodable"),

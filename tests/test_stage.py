@@ -41,7 +41,7 @@ def test_unchanged_inputs_are_not_worked_on_again(project: Project, home: Path) 
     config, run = load(project()), (home / "run").as_uri()
     run_stage("ingest", config, run)
     first = run_stage("preprocess", config, run)
-    shard = home / "run" / "preprocess" / "train.npy"
+    shard = home / "run" / "preprocess" / "train-00000.npy"
     written = shard.stat().st_ino
     assert run_stage("preprocess", config, run) == first
     assert shard.stat().st_ino == written

@@ -240,13 +240,14 @@ def test_nodes_that_share_only_s3_train_together_and_know_when_nothing_has_chang
     assert "nothing has changed: node 1 is not needed" in outputs[0][1]
     assert json.loads(outputs[1][0])["record"] == record.model_dump(mode="json")
 
-    (shard,) = (home / "1").rglob("train.npy")
+    (shard,) = (home / "1").rglob("train-00000.npy")
     shard.write_bytes(b"damaged on this node alone")
     path = project(training={"epochs": 3, "batch_size": 8, "nodes": 2, "processes_per_node": 1})
     broken = [start_node(0, path, run, "c"), start_node(1, path, run, "c", CVF_HOME=str(home / "1"))]
     reasons = [node.communicate(timeout=120)[1] for node in broken]
-    assert [node.returncode for node in broken] == [1, 1]
-    assert last_line(reasons[0]).startswith("cvf train: node 1: unexpected ValueError; details in ")
+    assert [node.returncode for node in broken] == [3, 3]
+    assert last_line(reasons[0]).startswith("cvf train: node 1: ")
+    assert "train-00000.npy: has 26 bytes, not" in last_line(reasons[0])
 
 
 def test_nodes_on_a_shared_folder_end_together_when_one_is_killed(project: Project, home: Path, run: str) -> None:
@@ -415,7 +416,7 @@ def test_shards_are_the_prepared_images_in_the_order_of_their_rows(run: str, hom
         assert len(shard) == count == len(rows)
         last = images[rows["id"].iloc[-1]].astype(np.float32) / 65535.0
         assert (shard.images[-1] == prepare(last, PreprocessingConfig(size=32))).all()
-    train = np.load(home / "run" / "preprocess" / "train.npy") / 65535.0
+    train = np.load(home / "run" / "preprocess" / "train-00000.npy") / 65535.0
     assert record.mean == pytest.approx(train.mean())
     assert record.std == pytest.approx(train.std())
 

@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 
 from cv_factory_ops import registry
 from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.evaluation.pictures import confusion_picture, roc_picture
+from cv_factory_ops.ingestion.decode import as_unit_range
 from cv_factory_ops.ingestion.manifest import read_images
 from cv_factory_ops.metrics import classification
 from cv_factory_ops.predictor import infer
 from cv_factory_ops.preprocessing.pipeline import prepare
+from cv_factory_ops.preprocessing.preprocess import spacings
+from cv_factory_ops.preprocessing.shards import Images, open_split, read_index, read_rows
 from cv_factory_ops.records import EvaluateRecord, TrainRecord
 
 if TYPE_CHECKING:
@@ -62,10 +66,10 @@ def predict_splits(stage: Stage, bundle: Bundle, who: str) -> pd.DataFrame:
     """Columns ``id``, ``patient``, ``split``, ``label`` and a probability ``<who>_<i>`` for each class."""
     network, shards, tables = bundle.network(), stage.local(f"{stage.run}/preprocess"), []
     for split in SPLITS:
-        if not (shards / f"{split}.parquet").exists():
+        if split not in read_index(shards).splits:
             continue
-        rows = pd.read_parquet(shards / f"{split}.parquet")
-        probabilities, _ = infer(network, _images(stage, shards / f"{split}.npy", rows, bundle))
+        rows = read_rows(shards, split)
+        probabilities, _ = infer(network, _images(stage, shards, split, rows, bundle))
         columns = {f"{who}_{i}": probabilities[:, i] for i in range(probabilities.shape[1])}
         tables.append(rows[["id", "patient", "split", "label"]].assign(**columns))
     return pd.concat(tables, ignore_index=True)
@@ -78,18 +82,23 @@ def probabilities_of(table: pd.DataFrame, who: str) -> NDArray[np.float64]:
     return probabilities
 
 
-def _images(stage: Stage, shard: Path, rows: pd.DataFrame, bundle: Bundle) -> NDArray[np.uint16]:
-    """The rows as this bundle wants them: the shard, or the images anew where a champion was prepared otherwise."""
-    if bundle.manifest.preprocessing == stage.config.preprocessing:
-        images: NDArray[np.uint16] = np.load(shard, mmap_mode="r")
-        return images
-    wanted = dict.fromkeys(rows["id"])
-    found = {
-        row_id: prepare(image.astype(np.float32) / 65535.0, bundle.manifest.preprocessing)
-        for row_id, image in read_images(stage.local(f"{stage.run}/ingest"))
-        if row_id in wanted
-    }
-    return np.stack([found[row_id] for row_id in rows["id"]])
+def _images(stage: Stage, shards: Path, split: str, rows: pd.DataFrame, bundle: Bundle) -> Images:
+    """The rows as this bundle wants them: the shards, or the images anew where a champion was prepared otherwise.
+
+    Raises:
+        DataError: an image cannot be prepared as the champion's steps want it.
+    """
+    config, color = bundle.manifest.preprocessing, bundle.manifest.decoding.color
+    if config == stage.config.preprocessing and color == stage.config.decoding.color:
+        return open_split(shards, split)
+    known, found = spacings(rows), {}
+    for row_id, image in read_images(stage.local(f"{stage.run}/ingest")):
+        if row_id in known:
+            try:
+                found[row_id] = prepare(as_unit_range(image, color), config, known[row_id])
+            except Rejected as error:
+                raise DataError(f"{row_id}: cannot be prepared as the champion wants it: {error}") from None
+    return Images([np.stack([found[row_id] for row_id in rows["id"]])])
 
 
 def _metrics(table: pd.DataFrame, split: str, bundle: Bundle, who: str) -> dict[str, float]:

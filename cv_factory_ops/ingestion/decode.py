@@ -3,99 +3,152 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from io import BytesIO
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.domain import Decoded, Domain
+from cv_factory_ops.domain import Decoded, Decoding, Domain
 from cv_factory_ops.errors import Rejected
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 80_000_000
 """Rows times columns above which a picture is refused before it is decompressed; Pillow warns a little above it."""
 
 UNKNOWN_TYPES = {"", "application/octet-stream", "binary/octet-stream"}
 """Content types that say nothing: the signature decides."""
+PICTURES = ("image/png", "image/jpeg", "image/tiff")
+SIGNATURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+"""Weights of red, green and blue in luminance (ITU-R BT.601)."""
 
 
-def decode(data: bytes, content_type: str | None, domain: Domain) -> Decoded:
-    """The image in a file or in the body of a request.
+def decode(data: bytes, content_type: str | None, domain: Domain, decoding: Decoding) -> Iterator[Decoded]:
+    """The image in a file or in the body of a request; each frame, where ``decoding.frames`` says ``all``.
 
     By content type, or by signature where that says nothing: studies of the domain, ``image/png``, ``image/jpeg``,
-    ``application/x-npy`` (rows x columns; uint8, uint16, or floating point in 0..1) and ``application/json``
-    (``{"instances": [[[0.0, ...], ...]]}``: one image as rows of numbers in 0..1).
+    ``image/tiff``, ``application/x-npy`` (rows x columns, or rows x columns x 3; uint8, uint16, or floating point in 0..1) and
+    ``application/json`` (``{"instances": [[[0.0, ...], ...]]}``: one image as rows of numbers in 0..1, see :func:`instances`).
 
     Raises:
         Rejected: ``unsupported``, ``undecodable``, ``truncated``, ``too_large``, or a code of the domain.
     """
     kind = (content_type or "").partition(";")[0].strip().lower()
-    if kind == domain.content_type or (kind in UNKNOWN_TYPES and domain.recognises(data)):
-        return domain.decode(data)
-    if kind in {"image/png", "image/jpeg"} or (kind in UNKNOWN_TYPES and data.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff"))):
-        return Decoded(_picture(data))
-    if kind == "application/x-npy" or (kind in UNKNOWN_TYPES and data.startswith(b"\x93NUMPY")):
-        return Decoded(_npy(data))
+    says_nothing = kind in UNKNOWN_TYPES
+    if kind == domain.content_type or (says_nothing and domain.recognises(data)):
+        return domain.decode(data, decoding)
+    if kind in PICTURES or (says_nothing and data.startswith(SIGNATURES)):
+        return _picture(data, decoding)
+    if kind == "application/x-npy" or (says_nothing and data.startswith(b"\x93NUMPY")):
+        return iter([Decoded(as_unit_range(_npy(data), decoding.color))])
     if kind == "application/json":
-        return Decoded(_instance(data))
-    if kind in UNKNOWN_TYPES:
-        return domain.decode(data)  # for its reason of refusal
-    allowed = f"{domain.content_type}, image/png, image/jpeg, application/x-npy, application/json"
+        return iter([_instance(data, decoding)])
+    if says_nothing:
+        return domain.decode(data, decoding)  # for its reason of refusal
+    allowed = ", ".join((domain.content_type, *PICTURES, "application/x-npy", "application/json"))
     raise Rejected("unsupported", f"content type {kind!r} given; allowed: {allowed}")
 
 
-def as_unit_range(array: NDArray[np.generic]) -> NDArray[np.float32]:
-    """(rows, columns) of uint8, uint16, or floating point in 0..1 -> float32 in 0..1.
+def decode_one(data: bytes, content_type: str | None, domain: Domain, decoding: Decoding) -> Decoded:
+    """As :func:`decode`; of several frames the middle one."""
+    return next(decode(data, content_type, domain, decoding.model_copy(update={"frames": "middle"})))
+
+
+def as_unit_range(array: NDArray[np.generic], color: Literal["grey", "rgb"] = "grey") -> NDArray[np.float32]:
+    """(rows, columns) or (rows, columns, 3) of uint8, uint16, or floating point in 0..1 -> float32 in 0..1 of that color.
 
     Raises:
         Rejected: ``undecodable``: another shape, type or range.
     """
-    if array.ndim != 2 or 0 in array.shape:
-        raise Rejected("undecodable", f"an array of shape {array.shape} given; allowed is rows x columns")
+    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        raise Rejected(
+            "undecodable", f"an array of shape {array.shape} given; allowed is rows x columns, or rows x columns x 3"
+        )
     top = {"uint8": 255, "uint16": 65535}.get(array.dtype.name, 1)
     if top == 1 and array.dtype.kind != "f":
         raise Rejected("undecodable", f"an array of {array.dtype} given; allowed: uint8, uint16, floating point in 0..1")
     image: NDArray[np.float32] = array.astype(np.float32) / np.float32(top)
     if not (image.min() >= 0.0 and image.max() <= 1.0):  # also refuses NaN
         raise Rejected("undecodable", "an array with values outside of 0..1 given")
-    return image
+    if color == "rgb":
+        return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+    return image if image.ndim == 2 else image @ LUMA
 
 
-def _picture(data: bytes) -> NDArray[np.float32]:
-    """PNG or JPEG, colours to luminance (ITU-R BT.601)."""
-    from PIL import Image
+def _picture(data: bytes, decoding: Decoding) -> Iterator[Decoded]:
+    """PNG, JPEG or TIFF, as it is meant to be seen (EXIF orientation)."""
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(BytesIO(data), formats=("PNG", "JPEG")) as picture:
+        with Image.open(BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            if picture.mode.startswith("I"):  # 16 bits of grey
-                return as_unit_range(np.asarray(picture).astype(np.uint16))
-            return as_unit_range(np.asarray(picture.convert("L")))
+            count = getattr(picture, "n_frames", 1)
+            for index in range(count) if decoding.frames == "all" else [count // 2]:
+                picture.seek(index)
+                shown = ImageOps.exif_transpose(picture)
+                yield Decoded(as_unit_range(_values(shown), decoding.color), frame=index if count > 1 else None)
     except Rejected:
         raise
     except Image.DecompressionBombError:
         raise Rejected("too_large", f"has too many pixels; allowed are {MAX_PIXELS}") from None
     except OSError as error:
         code = "truncated" if "truncated" in str(error) else "undecodable"
-        raise Rejected(code, f"is {'cut off' if code == 'truncated' else 'not a PNG or JPEG picture'}") from None
+        raise Rejected(code, f"is {'cut off' if code == 'truncated' else 'not a PNG, JPEG or TIFF picture'}") from None
+    except MemoryError:
+        raise
     except Exception as error:
-        raise Rejected("undecodable", f"is not a usable PNG or JPEG picture ({type(error).__name__})") from None
+        raise Rejected("undecodable", f"is not a usable PNG, JPEG or TIFF picture ({type(error).__name__})") from None
 
 
-def _npy(data: bytes) -> NDArray[np.float32]:
+def _values(picture: Image.Image) -> NDArray[np.generic]:
+    """Grey stays grey, of 8 or 16 bits or floating point; everything else becomes red, green, blue of 8 bits."""
+    if picture.mode == "F":
+        return np.asarray(picture)
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise Rejected("undecodable", "a picture of more than 16 bits given; allowed: 8, 16, or floating point in 0..1")
+        return values.astype(np.uint16)
+    grey = picture.mode in {"1", "L", "LA"}
+    return np.asarray(picture.convert("L" if grey else "RGB"))
+
+
+def _npy(data: bytes) -> NDArray[np.generic]:
     try:
         array: NDArray[np.generic] = np.load(BytesIO(data), allow_pickle=False)
     except Exception:
         raise Rejected("undecodable", "is not a usable .npy array") from None
-    return as_unit_range(array)
+    return array
 
 
-def _instance(data: bytes) -> NDArray[np.float32]:
+def instances(data: bytes, decoding: Decoding) -> list[Decoded]:
+    """The images of ``{"instances": [image, ...], "spacing": [row, column]}``: an image is rows of numbers in 0..1 (or of three
+    each); ``spacing``, in mm, is that of all of them and may be missing.
+
+    Raises:
+        Rejected: ``undecodable``: it is anything else.
+    """
     try:
-        instances = json.loads(data)["instances"]
-        arrays = [np.asarray(instance, dtype=np.float64) for instance in instances]
-    except Exception:
-        raise Rejected("undecodable", 'is not {"instances": [image]} with the image as rows of numbers') from None
-    if len(arrays) != 1:
-        raise Rejected("undecodable", f"{len(arrays)} instances given; allowed is one image a request")
-    return as_unit_range(arrays[0])
+        body = json.loads(data.decode())
+        arrays = [np.asarray(image, dtype=np.float64) for image in body["instances"]]
+        row, column = (float(value) for value in body.get("spacing") or (0, 0))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        allowed = '{"instances": [image, ...]} with images as rows of numbers, and "spacing": [row, column] in mm where known'
+        raise Rejected("undecodable", f"is not {allowed}") from None
+    if not arrays:
+        raise Rejected("undecodable", "no instances given; at least one image is needed")
+    spacing = (row, column) if 0 < row < math.inf and 0 < column < math.inf else None
+    return [Decoded(as_unit_range(array, decoding.color), spacing=spacing) for array in arrays]
+
+
+def _instance(data: bytes, decoding: Decoding) -> Decoded:
+    found = instances(data, decoding)
+    if len(found) != 1:
+        raise Rejected("undecodable", f"{len(found)} instances given; allowed is one image a request")
+    return found[0]

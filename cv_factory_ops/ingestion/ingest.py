@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import NpzSource
-from cv_factory_ops.domain import Decoded
-from cv_factory_ops.errors import DataError, Rejected
+from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion import sources, splits
-from cv_factory_ops.ingestion.decode import as_unit_range, decode
-from cv_factory_ops.ingestion.manifest import (
-    ImageWriter,
-    Refusal,
-    Row,
-    pixel_digest,
-    to_uint16,
-    write_manifest,
-    write_quarantine,
-)
-from cv_factory_ops.ingestion.sources import Item
+from cv_factory_ops.ingestion.labels import UNLABELLED
+from cv_factory_ops.ingestion.manifest import Refusal, Row, write_manifest, write_quarantine
+from cv_factory_ops.ingestion.progress import with_progress
+from cv_factory_ops.ingestion.readers import read_all
+from cv_factory_ops.ingestion.validate import Validated, Validation
 from cv_factory_ops.records import IngestRecord
 
 if TYPE_CHECKING:
@@ -36,23 +26,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cvf")
 
-BLANK = 1e-3
-"""An image whose 0.1 % and 99.9 % quantiles of intensity (0..1) are closer than this shows nothing."""
-
 
 def run(stage: Stage) -> IngestRecord:
-    """Write ``manifest.parquet``, ``images-*.parquet`` and ``quarantine.jsonl``.
+    """Write ``manifest.parquet``, ``pixels-*.bin`` and ``quarantine.jsonl``.
 
     Raises:
         DataError: the source is unusable, too much of it was refused, or it cannot be split without leakage.
     """
     rows, refusals = _read(stage)
+    if missing := sum(not row.patient for row in rows if not row.split):
+        log.warning("ingest: %d images say no patient; those are split by image, so a patient may be on two sides", missing)
     rows, copies = splits.drop_duplicates(rows)
     refusals += copies
     _require_enough(stage, rows, refusals)
-    rows = splits.assign(rows, stage.config.splits, frozenset(_locked(stage)))
+    known = _known_splits(stage)
+    new = splits.draw(rows, stage.config.splits, known)
+    rows = splits.assign(rows, known | new, frozenset(_locked(stage)))
     splits.refuse_leakage(rows)
     splits.require_classes(rows, stage.config.labels)
+    _keep_splits(stage, new)
     write_manifest(stage.out, rows, stage.domain.metadata)
     write_quarantine(stage.out / "quarantine.jsonl", refusals)
     return _record(rows, refusals)
@@ -69,74 +61,46 @@ def fingerprint(stage: Stage) -> str:
 
 
 def _read(stage: Stage) -> tuple[list[Row], list[Refusal]]:
-    """Decode, check and store the pixels of every item."""
+    """Decode, check and store the pixels of every item, those of the source before captured ones."""
     rows: list[Row] = []
     refusals: list[Refusal] = []
     source = stage.config.data.source
     share = source.reserve if isinstance(source, NpzSource) else 0.0
-    with ImageWriter(stage.out) as writer:
-        for item in _items(stage):
-            if isinstance(item, Refusal):
-                refusals.append(item)
-                continue
-            try:
-                row, pixels = _accept(stage, item)
-            except Rejected as error:
-                refusals.append(Refusal(item.id, error.code, str(error)))
-            else:
-                writer.append(row.id, pixels)
-                rows.append(splits.reserve(row, share))
+    for result in _results(stage):
+        if isinstance(result, Refusal):
+            refusals.append(result)
+        else:
+            rows.append(splits.reserve(result, share))
     return rows, refusals
 
 
-def _items(stage: Stage) -> Iterator[Item | Refusal]:
-    yield from _with_progress(sources.open_base(stage))
+def _results(stage: Stage) -> Iterator[Row | Refusal]:
+    yield from _labelled(stage, sources.open_base(stage))
     if stage.config.data.include_captures:
-        yield from _with_progress(sources.open_captures(stage))
+        yield from _labelled(stage, sources.open_captures(stage))
 
 
-def _with_progress(opened: sources.Opened) -> Iterator[Item | Refusal]:
-    """A bar at a terminal; elsewhere a line of log about every tenth, and no more than one in five seconds."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(opened.items, total=opened.total, desc="ingest", unit="image", mininterval=1, leave=False)
-        return
-    logged, said = 0, time.monotonic()
-    for done, item in enumerate(opened.items, start=1):
-        yield item
-        if done - logged >= opened.total / 10 and time.monotonic() - said >= 5:
-            logged, said = done, time.monotonic()
-            log.info("ingest: %d of %d images", done, opened.total)
-
-
-def _accept(stage: Stage, item: Item) -> tuple[Row, NDArray[np.uint16]]:
-    """The item's row and pixels.
-
-    Raises:
-        Rejected: it cannot be decoded, or shows nothing (``blank``).
-    """
-    if isinstance(item.content, bytes):
-        decoded = decode(item.content, item.content_type, stage.domain)
-    else:
-        decoded = Decoded(as_unit_range(item.content))
-    low, high = np.quantile(decoded.image, [0.001, 0.999])
-    if high - low < BLANK:
-        raise Rejected("blank", "shows nothing: nearly all of its pixels are the same")
-    pixels = to_uint16(decoded.image)
-    row = Row(
-        id=item.id,
-        patient=item.patient or decoded.patient,
-        study=decoded.study,
-        label=stage.config.labels.index(item.label),
-        split=item.split,
-        source=item.source,
-        digest=pixel_digest(pixels),
-        rows=pixels.shape[0],
-        columns=pixels.shape[1],
-        metadata=decoded.metadata,
-    )
-    return row, pixels
+def _labelled(stage: Stage, opened: sources.Opened) -> Iterator[Row | Refusal]:
+    """What became of each item; labels that go by study or instance are found now that those are known."""
+    used: set[int] = set()
+    data = stage.config.data
+    settings = Validation(stage.config.domain, stage.config.labels, stage.config.decoding, data.validation, stage.out)
+    items = with_progress(opened.items, opened.total, "ingest", "file")
+    for result in read_all(items, Validated, settings, data.validation, data.workers):
+        if isinstance(result, Refusal):
+            yield result
+            continue
+        for row in result:
+            if isinstance(row, Refusal) or row.label >= 0:
+                yield row
+            elif opened.table and (found := opened.table.of_row(row)):
+                used.add(found.line)
+                label = stage.config.labels.index(found.label)
+                yield replace(row, label=label, patient=found.patient or row.patient)
+            else:
+                yield Refusal(row.id, *UNLABELLED)
+    if opened.table:
+        yield from opened.table.unused(used)
 
 
 def _require_enough(stage: Stage, rows: Sequence[Row], refusals: Sequence[Refusal]) -> None:
@@ -149,6 +113,27 @@ def _require_enough(stage: Stage, rows: Sequence[Row], refusals: Sequence[Refusa
     kept = f"{stage.run}/quarantine.jsonl"
     storage.upload_file(stage.out / "quarantine.jsonl", kept)
     raise DataError(f"{len(refused)} of {total} images refused ({_counts(refused)}); allowed share {allowed}; list: {kept}")
+
+
+def _known_splits(stage: Stage) -> dict[str, str]:
+    """The split that earlier runs of the project have given to each patient; the first one counts."""
+    known: dict[str, str] = {}
+    uri = _splits_uri(stage)
+    for name in storage.listing(uri):
+        known = json.loads(storage.read_bytes(f"{uri}/{name}")) | known
+    return known
+
+
+def _keep_splits(stage: Stage, new: dict[str, str]) -> None:
+    """Remember what this run has drawn, in a file of its own: runs at the same time lose nothing of each other's."""
+    if new:
+        name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+        storage.write_bytes(f"{_splits_uri(stage)}/{name}.json", json.dumps(new).encode())
+
+
+def _splits_uri(stage: Stage) -> str:
+    """Other shares or another seed start anew."""
+    return f"{stage.config.root}/splits/{storage.text_digest(stage.config.splits.model_dump_json())[:12]}"
 
 
 def _locked(stage: Stage) -> list[str]:
@@ -168,11 +153,14 @@ def _record(rows: Sequence[Row], refusals: Sequence[Refusal]) -> IngestRecord:
     summary = f"{len(rows)} images: " + ", ".join(f"{split} {count}" for split, count in counts.items())
     if refusals:
         summary += f"; {len(refusals)} in quarantine ({_counts(refusals)})"
+    if to_review := sum(bool(row.review) for row in rows):
+        summary += f"; {to_review} for a person to look at (column review of the manifest)"
     return IngestRecord(
         summary=summary,
         accepted=len(rows),
         quarantined=len(refusals),
         quarantine_reasons=dict(sorted(Counter(refusal.code for refusal in refusals).items())),
+        to_review=to_review,
         splits=counts,
         captured=sum(row.source == "capture" for row in rows),
         data_digest=splits.data_digest(rows),

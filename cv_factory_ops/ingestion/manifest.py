@@ -1,6 +1,7 @@
-"""What ingestion hands on: ``manifest.parquet`` (a row an accepted image) and ``images-*.parquet`` (the pixels).
+"""What ingestion hands on: ``manifest.parquet`` (a row an accepted image) and ``pixels-*.bin`` (their pixels).
 
-Pixels are written while they stream in, before duplicates and splits are known; the manifest then says which of them count.
+Pixels are written while they stream in, before duplicates and splits are known, by as many processes as decode; the manifest
+then says which of them count and where they lie.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +22,21 @@ from cv_factory_ops.domain import Kind, Metadata
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE_BYTES = 64 << 20
-"""Raw bytes of pixels in one file of images."""
-GROUP_BYTES = 8 << 20
-"""Raw bytes of pixels in one row group: what reading and writing hold in memory."""
+GROUP = 64
+"""Images that are read at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an image's pixels lie."""
+
+    file: str
+    offset: int
+    bytes: int
+    """One or two for each value."""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """An accepted image."""
 
@@ -35,21 +44,32 @@ class Row:
     patient: str
     """Pseudonym; empty where the source has none."""
     study: str
+    """Pseudonym; empty where the source has none."""
+    instance: str
+    """Pseudonym of the file's own identifier; empty where it has none."""
     label: int
-    """Index into the project's labels."""
+    """Index into the project's labels; -1 until it is known."""
     split: str
     """As the source fixes it, and empty where it does not, until :func:`cv_factory_ops.ingestion.splits.assign`."""
     source: str
     """``base`` or ``capture``."""
+    review: str
+    """Why a person should look at it, by commas; empty where there is no reason to."""
     digest: str
     """SHA-256 of the pixels, see :func:`pixel_digest`."""
     rows: int
     columns: int
+    channels: int
+    """1 grey, 3 red, green, blue."""
+    row_spacing: float | None
+    """Distance of neighbouring rows in mm."""
+    column_spacing: float | None
+    place: Place
     metadata: Metadata
     """Of the domain's names; a column ``meta_<name>`` each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """An item that is not used, and why."""
 
@@ -66,59 +86,46 @@ def to_uint16(image: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 def pixel_digest(pixels: NDArray[np.uint16]) -> str:
     """SHA-256 of the shape and the little-endian pixels."""
-    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.astype("<u2").tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels, "<u2").data)
+    return digest.hexdigest()
 
 
-class ImageWriter:
-    """Appends images to ``images-00000.parquet`` and so on, in flat memory."""
+class PixelWriter:
+    """Appends images to one file; each process has its own. What a killed one leaves behind its last image is never read."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._writer: Any = None
-        self._group: dict[str, list[Any]] = _empty_group()
-        self._files = self._in_file = self._in_group = 0
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._name = path.name
+        self._offset = 0
 
-    def __enter__(self) -> ImageWriter:
+    def __enter__(self) -> PixelWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._flush()
-        self._close()
+        self._file.close()
 
-    def append(self, id: str, pixels: NDArray[np.uint16]) -> None:
-        """Write one image of shape (rows, columns)."""
-        values = (id, *pixels.shape, pixels.tobytes())
-        for column, value in zip(self._group.values(), values, strict=True):
-            column.append(value)
-        self._in_group += pixels.nbytes
-        if self._in_group >= GROUP_BYTES:
-            self._flush()
-        if self._in_file >= FILE_BYTES:
-            self._close()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if not self._group["id"]:
-            return
-        types = {"id": pa.string(), "rows": pa.int32(), "columns": pa.int32(), "pixels": pa.binary()}
-        table = pa.table(self._group, schema=pa.schema(types))
-        if self._writer is None:
-            path = self._folder / f"images-{self._files:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=False)
-        self._writer.write_table(table)
-        self._in_file += self._in_group
-        self._group, self._in_group = _empty_group(), 0
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer, self._files, self._in_file = None, self._files + 1, 0
+    def append(self, pixels: NDArray[np.uint16]) -> Place:
+        """Write one image of shape (rows, columns) or (rows, columns, 3)."""
+        content = _smallest(pixels).data.cast("B")
+        written = 0
+        while written < len(content):
+            written += self._file.write(content[written:])
+        place = Place(self._name, self._offset, len(content))
+        self._offset += len(content)
+        return place
 
 
-def _empty_group() -> dict[str, list[Any]]:
-    return {"id": [], "rows": [], "columns": [], "pixels": []}
+def _smallest(pixels: NDArray[np.uint16]) -> NDArray[np.unsignedinteger]:
+    """Images of 8 bits, scaled to 16, as 8 bits again; nothing else is packed: that would cost more time than decoding."""
+    low = (pixels & 255).astype(np.uint8)
+    return low if np.array_equal(low * np.uint16(257), pixels) else np.ascontiguousarray(pixels, "<u2")
+
+
+def _unpacked(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
+    if len(content) == np.prod(shape):
+        return np.frombuffer(content, np.uint8).reshape(shape) * np.uint16(257)
+    return np.frombuffer(content, "<u2").reshape(shape)
 
 
 def write_manifest(folder: Path, rows: Iterable[Row], metadata: Mapping[str, Kind]) -> None:
@@ -126,11 +133,15 @@ def write_manifest(folder: Path, rows: Iterable[Row], metadata: Mapping[str, Kin
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts, integers = ("id", "patient", "study", "split", "source", "digest"), ("label", "rows", "columns")
-    fields = [pa.field(name, pa.string()) for name in texts] + [pa.field(name, pa.int32()) for name in integers]
-    fields += [pa.field(f"meta_{name}", pa.float64() if kind == "number" else pa.string()) for name, kind in metadata.items()]
-    table = [asdict(row) | {f"meta_{name}": row.metadata.get(name) for name in metadata} for row in rows]
-    pq.write_table(pa.Table.from_pylist(table, pa.schema(fields)), folder / "manifest.parquet")
+    kinds = {"str": pa.string(), "int": pa.int32(), "float | None": pa.float64()}
+    schema = [pa.field(field.name, kinds[str(field.type)]) for field in fields(Row) if str(field.type) in kinds]
+    schema += [pa.field("file", pa.string()), pa.field("offset", pa.int64()), pa.field("bytes", pa.int64())]
+    schema += [pa.field(f"meta_{name}", pa.float64() if kind == "number" else pa.string()) for name, kind in metadata.items()]
+    table = [
+        asdict(row) | asdict(row.place) | {f"meta_{name}": row.metadata.get(name) for name in metadata}
+        for row in sorted(rows, key=lambda row: (row.place.file, row.place.offset))
+    ]
+    pq.write_table(pa.Table.from_pylist(table, pa.schema(schema)), folder / "manifest.parquet")
 
 
 def write_quarantine(path: Path, refusals: Iterable[Refusal]) -> None:
@@ -146,13 +157,23 @@ def read_manifest(folder: Path) -> pd.DataFrame:
 
 
 def read_images(folder: Path) -> Iterator[tuple[str, NDArray[np.uint16]]]:
-    """Id and pixels, (rows, columns) uint16 with 0..65535 being 0..1, of each row of the manifest, in its order."""
-    import pyarrow.parquet as pq
+    """Id and pixels of each row of the manifest, in its order: (rows, columns) or (rows, columns, 3), 0..65535 being 0..1."""
+    for group in image_groups(folder):
+        yield from read_group(folder, group)
 
-    accepted = set(pq.read_table(folder / "manifest.parquet", columns=["id"]).column("id").to_pylist())
-    for path in sorted(folder.glob("images-*.parquet")):
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64):
-                for id, rows, columns, pixels in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    if id in accepted:
-                        yield id, np.frombuffer(pixels, "<u2").reshape(rows, columns)
+
+def image_groups(folder: Path) -> list[pd.DataFrame]:
+    """The manifest in pieces of neighbouring images, as :func:`read_group` takes them."""
+    columns = ["id", "rows", "columns", "channels", "file", "offset", "bytes"]
+    manifest = read_manifest(folder)[columns]
+    return [manifest[start : start + GROUP] for start in range(0, len(manifest), GROUP)]
+
+
+def read_group(folder: Path, group: pd.DataFrame) -> Iterator[tuple[str, NDArray[np.uint16]]]:
+    """Id and pixels of each row of a piece of the manifest; different pieces may be read by different threads."""
+    for name, rows in group.groupby("file", sort=False):
+        with (folder / str(name)).open("rb") as file:
+            for row in rows.itertuples():
+                file.seek(row.offset)
+                shape = (row.rows, row.columns) if row.channels == 1 else (row.rows, row.columns, row.channels)
+                yield row.id, _unpacked(file.read(row.bytes), shape)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from cv_factory_ops.config import SplitConfig
 from cv_factory_ops.errors import DataError
@@ -40,8 +41,8 @@ def reserve(row: Row, share: float) -> Row:
     return replace(row, split="reserve") if row.split == "train" and position(row.digest, "reserve") < share else row
 
 
-def assign(rows: Sequence[Row], config: SplitConfig, locked: frozenset[str]) -> list[Row]:
-    """Give each row its split: as the source fixes it, else by a hash of its patient (or pixels, where none is known).
+def assign(rows: Sequence[Row], drawn: Mapping[str, str], locked: frozenset[str]) -> list[Row]:
+    """Give each row its split: as the source fixes it, else what was drawn for its group, see :func:`draw`.
 
     ``locked`` are the pixel digests of the locked test set: then exactly those images are ``test``. Held-out images that
     came later are ``recent``: captures, and whatever belongs to a patient of the locked test set.
@@ -56,16 +57,43 @@ def assign(rows: Sequence[Row], config: SplitConfig, locked: frozenset[str]) -> 
             " new test set at the next promotion"
         )
     held_out = {row.patient for row in rows if row.digest in locked and row.patient}
-    return [replace(row, split=_split(row, config, locked, held_out)) for row in rows]
+    return [replace(row, split=_split(row, drawn, locked, held_out)) for row in rows]
 
 
-def _split(row: Row, config: SplitConfig, locked: frozenset[str], held_out: set[str]) -> str:
+def _split(row: Row, drawn: Mapping[str, str], locked: frozenset[str], held_out: set[str]) -> str:
     if row.digest in locked:
         return "test"
-    place = position(row.patient or row.digest, str(config.seed))
-    split = row.split or ("test" if place < config.test else "val" if place < config.test + config.val else "train")
+    split = row.split or drawn[group(row)]
     came_later = bool(locked) or row.source == "capture"
     return "recent" if row.patient in held_out or (split == "test" and came_later) else split
+
+
+def group(row: Row) -> str:
+    """What stays together: the patient's images, or, where no patient is known, copies of the same pixels."""
+    return row.patient or row.digest
+
+
+def draw(rows: Sequence[Row], config: SplitConfig, known: Mapping[str, str]) -> dict[str, str]:
+    """The splits of groups that have none yet: stratified by label, seeded, and without touching those that have one.
+
+    Within the groups of a label, in the order of their hashes, each goes to the split that lacks most of its share. A group
+    with several labels counts for the rarest of them.
+    """
+    labels: dict[str, set[int]] = {}
+    for row in rows:
+        if not row.split:
+            labels.setdefault(group(row), set()).add(row.label)
+    often = Counter(label for found in labels.values() for label in found)
+    stratum = {key: min(found, key=lambda label: (often[label], label)) for key, found in labels.items()}
+    shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
+    counts = Counter((stratum[key], known[key]) for key in stratum if key in known)
+    drawn = {}
+    for key in sorted(stratum.keys() - known.keys(), key=lambda key: position(key, str(config.seed))):
+        own = {split: counts[stratum[key], split] for split in shares}
+        total = 1 + sum(own.values())
+        drawn[key] = max(shares, key=lambda split: shares[split] * total - own[split])
+        counts[stratum[key], drawn[key]] += 1
+    return drawn
 
 
 def position(key: str, seed: str) -> float:
@@ -73,7 +101,20 @@ def position(key: str, seed: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8]) / 2**64
 
 
-def refuse_leakage(rows: Iterable[Row]) -> None:
+class Placed(Protocol):
+    """What the check for leakage looks at."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def patient(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+
+
+def refuse_leakage(rows: Iterable[Placed]) -> None:
     """Refuse a patient or an image on two sides of training, validation and test (``recent`` is held out like ``test``).
 
     Raises:

@@ -1,91 +1,223 @@
-"""Stage ``preprocess``: each split as one memory-mappable array that any number of DDP workers read without copying."""
+"""Prepared images on disk: each split as memory-mappable files that any number of DDP workers read without copying.
+
+<split>-00000.npy ...   (n, size, size) or (n, size, size, 3) uint16, 0..65535 being 0..1; at most SHARD_BYTES each
+<split>.parquet         the rows of the manifest, in the order of the images
+shards.json             the index: how many images in which file, sizes and SHA-256 of all files
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import PreprocessingConfig
-from cv_factory_ops.ingestion.manifest import read_images, read_manifest
-from cv_factory_ops.preprocessing.pipeline import prepare
-from cv_factory_ops.records import PreprocessRecord
+from cv_factory_ops.errors import DataError
+from cv_factory_ops.ingestion.splits import refuse_leakage
+from cv_factory_ops.records import Frozen
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cv_factory_ops.stage import Stage
-
-CHUNK = 256
-"""Images that are prepared at a time: bounds memory, keeps the threads busy."""
-
-
-def run(stage: Stage) -> PreprocessRecord:
-    """Prepare every image of the manifest."""
-    folder = stage.local(f"{stage.run}/ingest")
-    manifest = read_manifest(folder)
-    counts = write_shards(stage.out, manifest, folder, stage.config.preprocessing)
-    mean, std = _moments(np.load(stage.out / "train.npy", mmap_mode="r"))
-    size = stage.config.preprocessing.size
-    return PreprocessRecord(
-        summary=f"{sum(counts.values())} images at {size} x {size} (" + ", ".join(f"{k} {v}" for k, v in counts.items()) + ")",
-        counts=counts,
-        mean=mean,
-        std=std,
-        shards_digest=storage.tree_digest(stage.out),
-    )
+SHARD_BYTES = 256 << 20
+"""Most bytes of images in one file."""
+INDEX = "shards.json"
+CURE = "run `cvf preprocess --force`"
 
 
-def write_shards(out: Path, manifest: pd.DataFrame, folder: Path, config: PreprocessingConfig) -> dict[str, int]:
-    """Write ``<split>.npy`` and ``<split>.parquet`` for the rows of a manifest; returns the number of images of each split."""
-    # Sorted: the order in which captures arrived must not change what is trained.
-    by_id = manifest.sort_values("id")
-    splits = {split: rows.reset_index(drop=True) for split, rows in by_id.groupby("split", sort=True)}
-    shape = (config.size, config.size)
-    arrays = {}
-    for split, rows in splits.items():
-        rows.to_parquet(out / f"{split}.parquet", index=False)
-        arrays[split] = np.lib.format.open_memmap(out / f"{split}.npy", "w+", np.uint16, (len(rows), *shape))
-        _reserve(out / f"{split}.npy")
-    places = {row_id: (split, i) for split, rows in splits.items() for i, row_id in enumerate(rows["id"])}
-    for row_id, image in _prepared(folder, places, config):
-        split, i = places[row_id]
-        arrays[split][i] = image
-    for array in arrays.values():
-        array.flush()
-    return {split: len(rows) for split, rows in splits.items()}
+class File(Frozen):
+    """A file as it was written."""
+
+    name: str
+    images: int
+    """0 for a table of rows."""
+    bytes: int
+    sha256: str
 
 
-def _reserve(path: Path) -> None:
-    """Take the file's space now: writing into a hole of a memory map on a full disk would kill the process."""
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+class Index(Frozen):
+    """``shards.json``."""
+
+    image: list[int]
+    """Shape of one image."""
+    splits: dict[str, list[File]]
+    """The files of each split, in the order of their images; the table of rows comes last."""
 
 
-def _prepared(
-    folder: Path, wanted: dict[str, tuple[str, int]], config: PreprocessingConfig
-) -> Iterator[tuple[str, NDArray[np.uint16]]]:
-    cv2.setNumThreads(1)  # the pool is the parallelism
-    images = (item for item in read_images(folder) if item[0] in wanted)
-    with ThreadPoolExecutor() as pool:
-        while chunk := list(islice(images, CHUNK)):
-            yield from pool.map(lambda item: (item[0], prepare(item[1].astype(np.float32) / 65535.0, config)), chunk)
+class Images:
+    """Images of one or more arrays as one (N, size, size[, 3]): numbers, slices and arrays of numbers index it.
+
+    A slice within one array is a view of it; everything else copies what is asked for and no more.
+    """
+
+    def __init__(self, parts: Sequence[NDArray[np.uint16]]) -> None:
+        self._parts = parts
+        self._ends = np.array(list(accumulate(len(part) for part in parts)))
+        self.shape: tuple[int, ...] = (int(self._ends[-1]), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: int | np.integer | slice | NDArray[np.integer]) -> NDArray[np.uint16]:
+        if len(self._parts) == 1:
+            return self._parts[0][key]
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            part = int(np.searchsorted(self._ends, start, side="right"))
+            if step == 1 and start < stop <= self._ends[part]:
+                offset = int(self._ends[part]) - len(self._parts[part])
+                return self._parts[part][start - offset : stop - offset]
+            key = np.arange(start, stop, step)
+        wanted = np.atleast_1d(key)
+        wanted = np.where(wanted < 0, wanted + len(self), wanted)
+        found = np.empty((len(wanted), *self.shape[1:]), np.uint16)
+        owner = np.searchsorted(self._ends, wanted, side="right")
+        for part in np.unique(owner):
+            rows = owner == part
+            found[rows] = self._parts[part][wanted[rows] - (self._ends[part] - len(self._parts[part]))]
+        return found if isinstance(key, np.ndarray) else found[0]
+
+    def put(self, index: int, image: NDArray[np.uint16]) -> None:
+        """Write one image, in place."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        self._parts[part][index - self._ends[part]] = image  # counted from the end of the part
+
+    def flush(self) -> None:
+        """Wait until the disk has what was written."""
+        for part in self._parts:
+            if isinstance(part, np.memmap):
+                part.flush()
+
+    def every(self, step: int) -> Images:
+        """Each ``step``-th image, without copying."""
+        starts = (-(end - len(part)) % step for end, part in zip(self._ends, self._parts, strict=True))
+        views = [part[start::step] for start, part in zip(starts, self._parts, strict=True)]
+        return Images([view for view in views if len(view)])
 
 
-def _moments(images: NDArray[np.uint16]) -> tuple[float, float]:
-    """Mean and standard deviation over all pixels, in 0..1; in chunks, so that memory stays flat."""
-    total = squares = 0.0
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK].astype(np.float64) / 65535.0
-        total += float(chunk.sum())
-        squares += float(np.square(chunk).sum())
-    mean = total / images.size
-    return mean, max(float(np.sqrt(max(squares / images.size - mean**2, 0.0))), 1e-6)
+def plan(split: str, count: int, image: Sequence[int]) -> dict[str, int]:
+    """Names of a split's files, and how many images each holds."""
+    most = max(SHARD_BYTES // (2 * int(np.prod(image))), 1)
+    return {f"{split}-{i:05d}.npy": min(most, count - start) for i, start in enumerate(range(0, count, most))}
+
+
+def create(folder: Path, split: str, count: int, image: Sequence[int]) -> Images:
+    """The memory-mapped arrays of a split, to be written; those that an interrupted try has left are opened again."""
+    parts = []
+    for name, images in plan(split, count, image).items():
+        shape = (images, *image)
+        if (folder / name).exists():
+            parts.append(np.load(folder / name, mmap_mode="r+"))
+            continue
+        draft = folder / f".{name}"
+        np.lib.format.open_memmap(draft, "w+", np.uint16, shape)
+        with draft.open("r+b") as file:  # writing into a hole of a memory map on a full disk would kill the process
+            os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
+        draft.rename(folder / name)
+        parts.append(np.load(folder / name, mmap_mode="r+"))
+    return Images(parts)
+
+
+def write_index(folder: Path, counts: dict[str, int], image: Sequence[int]) -> Index:
+    """Digest what was written, and write ``shards.json``."""
+    splits: dict[str, list[File]] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for split, count in counts.items():
+            held = plan(split, count, image) | {f"{split}.parquet": 0}
+            digests = pool.map(lambda name: storage.sha256(folder / name), held)
+            splits[split] = [
+                File(name=name, images=images, bytes=(folder / name).stat().st_size, sha256=digest)
+                for (name, images), digest in zip(held.items(), digests, strict=True)
+            ]
+    index = Index(image=list(image), splits=splits)
+    (folder / INDEX).write_text(index.model_dump_json(indent=1), encoding="utf-8")
+    return index
+
+
+def open_split(folder: Path, split: str) -> Images:
+    """The images of a split, memory-mapped.
+
+    Raises:
+        DataError: the index or a file is missing, or a file is not as large as it was.
+    """
+    parts = []
+    for file in read_index(folder).splits.get(split, []):
+        _require_size(folder / file.name, file)
+        if file.images:
+            parts.append(np.load(folder / file.name, mmap_mode="r", allow_pickle=False))
+    if not parts:
+        raise DataError(f"{folder}: holds no split {split!r}")
+    return Images(parts)
+
+
+def read_rows(folder: Path, split: str) -> pd.DataFrame:
+    """The rows of the manifest, in the order of the images."""
+    import pandas as pd
+
+    return pd.read_parquet(folder / f"{split}.parquet")
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a folder of shards.
+
+    Raises:
+        DataError: there is none, or it is of another version.
+    """
+    try:
+        return Index.model_validate_json((folder / INDEX).read_bytes())
+    except (OSError, ValidationError):
+        raise DataError(f"{folder / INDEX}: is not an index of shards; {CURE}") from None
+
+
+def verify(folder: Path) -> None:
+    """Read all files and compare them with their checksums.
+
+    Raises:
+        DataError: naming the first file that is not as it was written.
+    """
+    files = [file for split in read_index(folder).splits.values() for file in split]
+    for file in files:
+        _require_size(folder / file.name, file)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for file, digest in zip(files, pool.map(lambda file: storage.sha256(folder / file.name), files), strict=True):
+            if digest != file.sha256:
+                raise DataError(f"{folder / file.name}: is not what was written, its SHA-256 is another; {CURE}")
+
+
+class _Placed(NamedTuple):
+    id: str
+    patient: str
+    digest: str
+    split: str
+
+
+def require_no_leakage(folder: Path) -> None:
+    """Refuse shards in which a patient or a pixel-identical image stands in two splits, whatever ingestion has said.
+
+    Raises:
+        DataError: naming at most three pseudonyms or ids.
+    """
+    refuse_leakage(_placed(folder, read_index(folder).splits))
+
+
+def _placed(folder: Path, splits: Iterable[str]) -> Iterable[_Placed]:
+    import pyarrow.parquet as pq
+
+    for split in splits:
+        table = pq.read_table(folder / f"{split}.parquet", columns=["id", "patient", "digest"])
+        for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            yield _Placed(row[0], row[1], row[2], split)
+
+
+def _require_size(path: Path, file: File) -> None:
+    size = path.stat().st_size if path.exists() else None
+    if size != file.bytes:
+        found = "is missing" if size is None else f"has {size} bytes, not {file.bytes}"
+        raise DataError(f"{path}: {found}; {CURE}")

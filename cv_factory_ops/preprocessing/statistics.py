@@ -6,17 +6,19 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_factory_ops.ingestion.decode import as_unit_range
+
 STATISTICS = ("mean", "std", "p05", "p95", "sharpness", "noise", "saturated")
 
 
 def image_statistics(prepared: NDArray[np.uint16]) -> dict[str, float]:
-    """Statistics of a prepared image, in intensities of 0..1.
+    """Statistics of a prepared image, in intensities of 0..1; of colours, in their luminance.
 
     ``mean``, ``std`` (contrast), ``p05`` and ``p95`` (quantiles); ``sharpness``: logarithm of the variance of the Laplacian
     (Pech-Pacheco et al. 2000); ``noise``: standard deviation estimated by the mask of Immerkaer (1996); ``saturated``:
     share of pixels at either end of the range.
     """
-    image = prepared.astype(np.float32) / 65535.0
+    image = as_unit_range(prepared)
     low, high = np.quantile(image, [0.05, 0.95])
     return {
         "mean": float(image.mean()),

@@ -1,7 +1,7 @@
 """SageMaker's container contract for one bundle: ``GET /ping`` and ``POST /invocations`` on one port.
 
 A request holds one study (the domain's content type, ``image/png``, ``image/jpeg`` or ``application/x-npy``) or a batch
-(``application/json``: ``{"instances": [image, ...]}``, an image being rows of numbers in 0..1); the body of the answer is
+(``application/json``, see :func:`cv_factory_ops.ingestion.decode.instances`); the body of the answer is
 :class:`cv_factory_ops.predictor.Answer`. A refusal is ``{"error": one line, "code": reason}``. Nothing of a request is logged.
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
 """
@@ -17,24 +17,22 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.domain import Decoded, Domain, open_domain
+from cv_factory_ops.domain import Decoded, Decoding, Domain, open_domain
 from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
-from cv_factory_ops.ingestion.decode import as_unit_range, decode
+from cv_factory_ops.ingestion.decode import PICTURES, decode_one, instances
 from cv_factory_ops.predictor import Predictor
 from cv_factory_ops.server import LARGEST_BODY, listen, read_body, run
 
 log = logging.getLogger("cvf")
 
-IMAGES = ("image/png", "image/jpeg", "application/x-npy")
+IMAGES = (*PICTURES, "application/x-npy")
 
 
 def serve(model: Path, host: str, port: int) -> None:
@@ -88,7 +86,7 @@ def load(bundle_dir: Path) -> Predictor:
     """
     try:
         predictor = Predictor(Bundle.load(bundle_dir))
-        predictor.answer([Decoded(np.zeros((8, 8), np.float32))])
+        predictor.warm_up()
     except CvFactoryError:
         raise
     except Exception as error:  # safetensors, torch and numpy each have errors of their own
@@ -98,7 +96,7 @@ def load(bundle_dir: Path) -> Predictor:
 
 def _answer(predictor: Predictor, domain: Domain, body: bytes, content_type: str) -> Response:
     try:
-        answer = predictor.answer(_studies(domain, body, content_type))
+        answer = predictor.answer(_studies(domain, predictor.manifest.decoding, body, content_type))
     except Rejected as error:
         return _refusal(400, error.code, str(error))
     except Exception as error:  # the sender learns no more than the kind, the log no more than where
@@ -107,22 +105,12 @@ def _answer(predictor: Predictor, domain: Domain, body: bytes, content_type: str
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _studies(domain: Domain, body: bytes, content_type: str) -> list[Decoded]:
+def _studies(domain: Domain, decoding: Decoding, body: bytes, content_type: str) -> list[Decoded]:
     if content_type == "application/json":
-        return [Decoded(image) for image in _instances(body)]
+        return instances(body, decoding)
     if content_type == domain.content_type or domain.recognises(body):
         domain.require_deidentified(body)
-    return [decode(body, content_type, domain)]
-
-
-def _instances(body: bytes) -> list[NDArray[np.float32]]:
-    try:
-        images = [np.asarray(image, dtype=np.float64) for image in json.loads(body.decode())["instances"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise Rejected("undecodable", 'is not {"instances": [image, ...]} with images as rows of numbers') from None
-    if not images:
-        raise Rejected("undecodable", "no instances given; at least one image is needed")
-    return [as_unit_range(image) for image in images]
+    return [decode_one(body, content_type, domain, decoding)]
 
 
 def _refusal(status: int, code: str, message: str) -> Response:

@@ -1,4 +1,4 @@
-"""Batches straight from the memory-mapped shards."""
+"""Batches straight from the memory-mapped shards, and what is changed in them by chance."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset, DistributedSampler
 
 from cv_factory_ops.config import AugmentConfig
-from cv_factory_ops.predictor import to_tensor
+from cv_factory_ops.preprocessing.pipeline import to_tensor
+from cv_factory_ops.preprocessing.shards import Images, open_split
 
 
 @dataclass(frozen=True)
 class Shard(Dataset[int]):
-    """One split: images (N, H, W) uint16, memory-mapped, and labels (N,) int64. It is read in batches, not by item."""
+    """One split: images (N, H, W[, 3]) uint16, memory-mapped, and labels (N,) int64. It is read in batches, not by item."""
 
-    images: NDArray[np.uint16]
+    images: Images
     labels: NDArray[np.int64]
 
     @classmethod
@@ -28,13 +30,13 @@ class Shard(Dataset[int]):
         import pyarrow.parquet as pq
 
         labels = pq.read_table(folder / f"{split}.parquet", columns=["label"])["label"].to_numpy()
-        return cls(np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False), labels.astype(np.int64))
+        return cls(open_split(folder, split), labels.astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Images (n, 1, H, W) float32 in 0..1 and labels (n,)."""
+        """Images (n, channels, H, W) float32 in 0..1 and labels (n,)."""
         return to_tensor(self.images[indices]), torch.from_numpy(self.labels[indices])
 
     def class_counts(self, classes: int) -> NDArray[np.int64]:
@@ -49,26 +51,77 @@ def train_batches(shard: Shard, sampler: DistributedSampler[int], size: int) -> 
 
 
 def augment(images: Tensor, config: AugmentConfig) -> Tensor:
-    """Random flip, translation, contrast, brightness and noise of (n, 1, H, W) images; the range stays 0..1."""
-    count, _, rows, columns = images.shape
+    """Random rotation, translation, flip, contrast, brightness, noise of (n, channels, H, W) images; the range stays 0..1."""
+    _, _, rows, columns = images.shape
+    if config.rotate:
+        images = _rotate(images, config.rotate)
     if config.shift:
         images = _shift(images, round(config.shift * rows), round(config.shift * columns))
     if config.flip:
-        images = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(3), images)
+        images = torch.where(_one_each(images) < 0.5, images.flip(3), images)
     if config.intensity:
-        contrast = 1 + config.intensity * (2 * torch.rand(count, 1, 1, 1) - 1)
-        brightness = config.intensity * (2 * torch.rand(count, 1, 1, 1) - 1)
+        contrast = 1 + config.intensity * (2 * _one_each(images) - 1)
+        brightness = config.intensity * (2 * _one_each(images) - 1)
         images = ((images - 0.5) * contrast + 0.5 + brightness).clamp_(0, 1)
     if config.noise:
-        images = (images + config.noise * torch.rand(count, 1, 1, 1) * torch.randn_like(images)).clamp_(0, 1)
+        images = (images + config.noise * _one_each(images) * torch.randn_like(images)).clamp_(0, 1)
     return images
+
+
+def mix(images: Tensor, labels: Tensor, classes: int, config: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """Where ``mixup`` or ``cutmix`` is on: each image mixed with another of the batch, labels (n,) -> shares (n, classes)."""
+    if not (config.mixup or config.cutmix):
+        return images, labels
+    partner = torch.randperm(len(images), device=images.device)
+    use_cutmix = bool(config.cutmix) and (not config.mixup or bool(torch.rand(()) < 0.5))
+    alpha = config.cutmix if use_cutmix else config.mixup
+    share = torch.distributions.Beta(alpha, alpha).sample((len(images),)).to(images.device)
+    if use_cutmix:
+        box = _boxes(images, 1 - share)
+        images = torch.where(box, images[partner], images)
+        share = 1 - box.float().mean((1, 2, 3))  # a box that reaches over the border is smaller than was drawn
+    else:
+        images = torch.lerp(images[partner], images, share[:, None, None, None])
+    own = functional.one_hot(labels, classes).to(images.dtype)
+    return images, torch.lerp(own[partner], own, share[:, None])
+
+
+def _one_each(images: Tensor) -> Tensor:
+    """(n, 1, 1, 1), uniform in 0..1"""
+    return torch.rand(len(images), 1, 1, 1, device=images.device)
 
 
 def _shift(images: Tensor, most_rows: int, most_columns: int) -> Tensor:
     """Translate each image by its own whole number of pixels; what moves in at the border repeats the border."""
     count, _, rows, columns = images.shape
-    down = torch.randint(-most_rows, most_rows + 1, (count, 1))
-    right = torch.randint(-most_columns, most_columns + 1, (count, 1))
-    row = (torch.arange(rows) + down).clamp_(0, rows - 1)
-    column = (torch.arange(columns) + right).clamp_(0, columns - 1)
-    return images[torch.arange(count)[:, None, None], 0, row[:, :, None], column[:, None, :]].unsqueeze(1)
+    device = images.device
+    down = torch.randint(-most_rows, most_rows + 1, (count, 1), device=device)
+    right = torch.randint(-most_columns, most_columns + 1, (count, 1), device=device)
+    row = (torch.arange(rows, device=device) + down).clamp_(0, rows - 1)
+    column = (torch.arange(columns, device=device) + right).clamp_(0, columns - 1)
+    image = torch.arange(count, device=device)[:, None, None]
+    return images[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _rotate(images: Tensor, most_degrees: float) -> Tensor:
+    """Turn each image about its middle by its own angle; what turns in at the border repeats the border."""
+    count, _, rows, columns = images.shape
+    angle = torch.deg2rad(most_degrees * (2 * torch.rand(count, device=images.device) - 1))
+    cosine, sine, none = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    # Both sides have length 2 in the grid, whatever their pixels.
+    across = torch.stack([cosine, -sine * rows / columns, none], dim=1)
+    down = torch.stack([sine * columns / rows, cosine, none], dim=1)
+    grid = functional.affine_grid(torch.stack([across, down], dim=1), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _boxes(images: Tensor, areas: Tensor) -> Tensor:
+    """(n, 1, H, W) bool: a box of that share of the area of each image, anywhere, cut at the border"""
+    count, _, rows, columns = images.shape
+    inside = []
+    for pixels in (rows, columns):
+        middle = pixels * torch.rand(count, 1, device=images.device)
+        half = pixels * areas.sqrt()[:, None] / 2
+        place = torch.arange(pixels, device=images.device) + 0.5
+        inside.append((place - middle).abs() <= half)
+    return (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1)

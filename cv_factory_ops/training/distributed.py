@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cv_factory_ops.errors import ConfigError
-from cv_factory_ops.training.gang import die_with_launcher
+from cv_factory_ops.processes import die_with
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others: rank 0 writes the checkpoint meanwhile. A rank that has died is noticed at once."""
@@ -46,7 +46,7 @@ def join() -> Iterator[World]:
     Raises:
         ConfigError: there is no GPU left for this rank.
     """
-    die_with_launcher()
+    die_with(int(os.environ["CVF_LAUNCHER_PID"]))
     device = own_device()
     gpu = device.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=device if gpu else None)

@@ -8,7 +8,6 @@ itself, which cannot be removed too early.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import re
@@ -31,6 +30,7 @@ from types import FrameType
 from cv_factory_ops import errors, storage
 from cv_factory_ops.config import TrainingConfig
 from cv_factory_ops.errors import ConfigError, CvFactoryError, Interrupted, PeerLost, Unavailable
+from cv_factory_ops.processes import die_with
 from cv_factory_ops.records import Frozen
 from cv_factory_ops.stage import Stage, node_rank
 
@@ -257,7 +257,7 @@ def leading(stage: Stage) -> Iterator[Gang]:
 def following(stage: Stage) -> Iterator[Gang]:
     """This process as a further node, which ends with its launcher where it is a child of a rehearsal."""
     if "CVF_LAUNCHER_PID" in os.environ:
-        die_with_launcher()
+        die_with(int(os.environ["CVF_LAUNCHER_PID"]))
     gang = _this_gang(stage)
     with _telling(gang):
         yield gang
@@ -345,15 +345,6 @@ def _end_of(child: subprocess.Popen[bytes]) -> str:
     if child.returncode < 0:
         return f"was ended by {signal.Signals(-child.returncode).name}"
     return f"ended with exit code {child.returncode} and left no word"
-
-
-def die_with_launcher() -> None:
-    """Ask Linux to kill this process when its launcher dies, however that dies: a retry must not meet a survivor."""
-    if sys.platform == "linux":
-        launcher = int(os.environ["CVF_LAUNCHER_PID"])
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != launcher:  # it died before it could be asked
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def own_address() -> str:

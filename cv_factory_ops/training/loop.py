@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DistributedSampler
@@ -26,7 +27,7 @@ from cv_factory_ops.config import TrainingConfig
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.metrics import auc
 from cv_factory_ops.models import Classifier
-from cv_factory_ops.training.data import Shard, augment, train_batches
+from cv_factory_ops.training.data import Shard, augment, mix, train_batches
 from cv_factory_ops.training.distributed import World, gather_rows, share_buffers, sum_over_ranks
 
 log = logging.getLogger("cvf")
@@ -57,7 +58,7 @@ class Trainer:
             self.optimizer, config.learning_rate, total_steps=config.epochs * self.steps
         )
         self.average = moving_average(self.network, config.ema) if config.ema else None
-        self.loss = nn.CrossEntropyLoss(self._class_weights(), label_smoothing=config.label_smoothing)
+        self.class_weights = self._class_weights()
         self.progress = Progress()
 
     @property
@@ -82,21 +83,22 @@ class Trainer:
         self.parallel.train()  # type: ignore[no-untyped-call]
         total, count = torch.zeros((), device=self.world.device), 0
         for images, labels in train_batches(self.train, self.sampler, self.config.batch_size):
-            images = augment(images, self.config.augment)
-            total += self.train_step(images.to(self.world.device), labels.to(self.world.device)) * len(labels)
+            images = augment(images.to(self.world.device), self.config.augment)
+            images, targets = mix(images, labels.to(self.world.device), self.network.classes, self.config.augment)
+            total += self.train_step(images, targets) * len(labels)
             count += len(labels)
         summed, counted = sum_over_ranks([float(total), count], self.world)
         return summed / counted
 
-    def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step; returns this rank's loss.
+    def train_step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """One optimizer step towards labels (n,) or shares of labels (n, classes); returns this rank's loss.
 
         Raises:
             ConfigError: the gradient is not finite. DDP has averaged it, so all ranks see the same and stop together,
                 before the optimizer has touched the weights.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss: Tensor = self.loss(self.parallel(images)[0], labels)
+        loss = cross_entropy(self.parallel(images)[0], targets, self.class_weights, self.config.label_smoothing)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
         if not torch.isfinite(norm):
@@ -164,6 +166,18 @@ class Trainer:
         if val_auc > self.progress.best_auc:
             self.progress.best_auc, self.progress.best_epoch = val_auc, self.progress.epoch
             self.progress.best_weights = copy.deepcopy(self.candidate.state_dict())
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """Mean over a batch of the cross entropy with labels (n,) int64, or with shares of labels (n, classes).
+
+    PyTorch divides by the weights of the labels where those are numbers, but by n where they are shares; here both are means
+    by weight, so that a share of 1 counts as the label itself.
+    """
+    if targets.ndim == 1:
+        return functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing)
+    total = functional.cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=smoothing)
+    return total / (len(targets) if weights is None else (targets @ weights).sum())
 
 
 def moving_average(network: nn.Module, decay: float) -> AveragedModel:

@@ -15,6 +15,8 @@ from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, missing_to_nan
 from cv_factory_ops.domain import Kind, open_domain
 from cv_factory_ops.metrics import operating_point
 from cv_factory_ops.predictor import features, infer
+from cv_factory_ops.preprocessing.embedders import fit_embedder
+from cv_factory_ops.preprocessing.shards import read_rows
 from cv_factory_ops.preprocessing.statistics import image_statistics
 from cv_factory_ops.training.data import Shard
 from cv_factory_ops.training.loop import Trainer
@@ -35,8 +37,9 @@ def write_bundle(assignment: Assignment, trainer: Trainer) -> Bundle:
     network.load_state_dict(trainer.progress.best_weights)
     network.eval()
     step = max(len(trainer.train) // PCA_IMAGES, 1)
-    pca = fit_pca(infer(network, trainer.train.images[::step])[1], config.training.embedding_components)
-    probabilities, embedding = infer(network, trainer.val.images)
+    embedder = fit_embedder(config.embedding, trainer.train.images, trainer.world.device)
+    pca = fit_pca(infer(network, trainer.train.images.every(step), embedder)[1], config.training.embedding_components)
+    probabilities, embedding = infer(network, trainer.val.images, embedder)
     reference, kinds = reference_table(assignment, trainer.val, probabilities, pca.transform(embedding))
     binary = len(config.labels) == 2
     manifest = BundleManifest(
@@ -44,7 +47,9 @@ def write_bundle(assignment: Assignment, trainer: Trainer) -> Bundle:
         domain=config.domain,
         labels=config.labels,
         model=config.model,
+        decoding=config.decoding,
         preprocessing=config.preprocessing,
+        embedding=config.embedding,
         mean=assignment.mean,
         std=assignment.std,
         threshold=operating_point(trainer.val.labels, probabilities) if binary else 0.5,
@@ -54,7 +59,7 @@ def write_bundle(assignment: Assignment, trainer: Trainer) -> Bundle:
         code_version=cv_factory_ops.__version__,
         git_sha=git_sha(),
     )
-    return Bundle.write(assignment.out / "bundle", manifest, network, pca, reference)
+    return Bundle.write(assignment.out / "bundle", manifest, network, pca, reference, embedder)
 
 
 def fit_pca(embedding: NDArray[np.float32], components: int) -> Pca:
@@ -76,7 +81,7 @@ def reference_table(
 
     One image a patient: the tests that drift is found by hold for independent rows.
     """
-    rows = pd.read_parquet(assignment.shards / "val.parquet")
+    rows = read_rows(assignment.shards, "val")
     domain = open_domain(assignment.config.domain)
     known = [name for name in domain.metadata if f"meta_{name}" in rows and rows[f"meta_{name}"].notna().any()]
     metadata = rows[[f"meta_{name}" for name in known]].set_axis(known, axis=1).astype(object)

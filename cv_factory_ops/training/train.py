@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import ProjectConfig, TrainingConfig
-from cv_factory_ops.errors import CvFactoryError, Interrupted, PeerLost, Unavailable
+from cv_factory_ops.config import CnnEmbedding, ProjectConfig, TrainingConfig, VitEmbedding, as_uri
+from cv_factory_ops.errors import CvFactoryError, DataError, Interrupted, PeerLost, Unavailable
 from cv_factory_ops.records import Frozen, IngestRecord, PreprocessRecord, TrainRecord
 from cv_factory_ops.training.gang import (
     GOES_ON,
@@ -125,11 +125,12 @@ def _assign(stage: Stage, out: Path) -> Path:
 def _assignment(stage: Stage, out: Path) -> Assignment:
     ingest, preprocess = stage.read(IngestRecord), stage.read(PreprocessRecord)
     config = stage.config
-    settings = config.model_dump_json(include={"labels", "preprocessing", "model", "training"})
+    settings = config.model_dump_json(include={"labels", "decoding", "preprocessing", "model", "training"})
+    shards = _sound_shards(stage)
     return Assignment(
         config=config,
         run=stage.run,
-        shards=stage.local(f"{stage.run}/preprocess"),
+        shards=shards,
         out=out,
         checkpoint=checkpoint_uri(stage.run),
         inputs_digest=storage.text_digest(settings + preprocess.shards_digest),
@@ -138,6 +139,23 @@ def _assignment(stage: Stage, out: Path) -> Assignment:
         data_digest=ingest.data_digest,
         test_digest=ingest.test_digest,
     )
+
+
+def _sound_shards(stage: Stage) -> Path:
+    """The local folder of the shards, checked once before any rank opens them.
+
+    Raises:
+        DataError: a patient or an image stands in two splits, a file is not what was written, or weights are missing.
+    """
+    from cv_factory_ops.preprocessing.shards import require_no_leakage, verify
+
+    embedding = stage.config.embedding
+    if isinstance(embedding, CnnEmbedding | VitEmbedding) and not storage.exists(as_uri(embedding.weights)):
+        raise DataError(f"embedding.weights: {as_uri(embedding.weights)}: is not there")
+    folder = stage.local(f"{stage.run}/preprocess")
+    require_no_leakage(folder)
+    verify(folder)
+    return folder
 
 
 def _launch_node(gang: Gang, assignment: Path, training: TrainingConfig, rendezvous: Rendezvous) -> None:

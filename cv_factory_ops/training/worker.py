@@ -61,7 +61,7 @@ def work(assignment: Assignment, world: World) -> None:
     """Resume or start, train, and as rank 0 leave the bundle and the outcome."""
     config = assignment.config
     torch.manual_seed(config.training.seed)
-    network = build(config.model, len(config.labels), assignment.mean, assignment.std)
+    network = build(config.model, len(config.labels), assignment.mean, assignment.std, config.decoding.channels)
     train, val = (Shard.open(assignment.shards, split) for split in ("train", "val"))
     trainer = Trainer(network, train, val, config.training, world)
     if state := checkpoint.load(assignment.checkpoint, assignment.inputs_digest):
@@ -133,7 +133,7 @@ class Journal:
         """A retry keeps the params that an earlier try has logged: MLflow's are written once."""
         from mlflow.entities import Param
 
-        sections = {"data", "splits", "preprocessing", "model", "training"}
+        sections = {"data", "decoding", "splits", "preprocessing", "model", "training", "embedding"}
         params = _flat(self.assignment.config.model_dump(mode="json", include=sections))
         params["data_digest"] = self.assignment.data_digest
         known = self.client.get_run(self.run_id).data.params

@@ -1,0 +1,122 @@
+"""The table of labels: which label an image has, found by its file or by the identifiers of its study."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cv_factory_ops import storage
+from cv_factory_ops.domain import Domain, pseudonym
+from cv_factory_ops.errors import DataError
+from cv_factory_ops.ingestion.manifest import Refusal, Row
+from cv_factory_ops.ingestion.sources.item import Item
+
+Key = Literal["file", "study", "instance"]
+KEYS: tuple[Key, ...] = ("file", "study", "instance")
+COLUMNS = "label, one of file, study, instance, and optionally patient"
+
+
+@dataclass(frozen=True)
+class Label:
+    """A row of the table."""
+
+    line: int
+    """From 1, as an editor counts; in JSON the number of the object."""
+    label: str
+    patient: str
+    """Pseudonym, or empty."""
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels by one kind of key."""
+
+    key: Key
+    labels: Mapping[str, Label]
+    """By file: its path; by study or instance: the identifier as it is, and its pseudonym."""
+
+    def of_file(self, name: str) -> Label | None:
+        """The label of a file, or of the nearest folder (archive, video) above it that has one; ``.`` is above all."""
+        while name:
+            if found := self.labels.get(name):
+                return found
+            name = posixpath.dirname(name)
+        return self.labels.get(".")
+
+    def of_row(self, row: Row) -> Label | None:
+        """The label of a decoded image, by its study or instance."""
+        return self.labels.get(row.study if self.key == "study" else row.instance)
+
+    def unused(self, used: set[int]) -> Iterator[Refusal]:
+        """Refusals of the rows that nothing was found for; ``used`` are the lines of the others."""
+        names = {label.line: name for name, label in self.labels.items()}
+        for line in sorted(names.keys() - used):
+            item = names[line] if self.key == "file" else f"labels line {line}"  # an identifier does not leave the table
+            yield Refusal(item, "label_without_image", f"has a row in the table of labels, but no {self.key}")
+
+
+UNLABELLED = ("unlabelled", "has no row in the table of labels")
+
+
+def label_files(items: Iterable[Item | Refusal], table: LabelTable) -> Iterator[Item | Refusal]:
+    """Items with their labels by file, before they are read; then the rows of the table that no file was found for."""
+    used: set[int] = set()
+    for item in items:
+        found = table.of_file(item.item if isinstance(item, Refusal) else item.id)
+        if found:
+            used.add(found.line)
+        if isinstance(item, Refusal):
+            yield item
+        elif found:
+            yield replace(item, label=found.label, patient=found.patient or item.patient)
+        else:
+            yield Refusal(item.id, *UNLABELLED)
+    yield from table.unused(used)
+
+
+def read_labels(uri: str, allowed: list[str], domain: Domain) -> LabelTable:
+    """Read a table of labels; messages name lines, not cells, which may identify.
+
+    Raises:
+        DataError: it is not there, or is not such a table.
+    """
+    columns, rows = _rows(uri)
+    key: Key | None = next((name for name in KEYS if name in columns), None)
+    if key is None or "label" not in columns:
+        lacking = [*(["label"] if "label" not in columns else []), *([] if key else ["file, study or instance"])]
+        raise DataError(f"{uri}: column {' and '.join(lacking)} is missing; needed: {COLUMNS}")
+    table: dict[str, Label] = {}
+    for line, row in rows:
+        name, label, patient = (str(row.get(column) or "").strip() for column in (key, "label", "patient"))
+        name = posixpath.normpath(name) if key == "file" else name
+        if label not in allowed:
+            raise DataError(f"{uri}: line {line}: the label is none of those allowed: {', '.join(allowed)}")
+        if name in table:
+            raise DataError(f"{uri}: line {line}: this {key} has a row already")
+        found = Label(line, label, pseudonym(patient, "patient") if patient else "")
+        table[name] = found
+        if key != "file":
+            table.setdefault(domain.remapped(name), found)
+    return LabelTable(key, table)
+
+
+def _rows(uri: str) -> tuple[set[str], list[tuple[int, Mapping[str, Any]]]]:
+    """The names of the columns; the rows with their lines."""
+    try:
+        text = storage.read_bytes(uri).decode("utf-8-sig")
+        if uri.endswith(".json"):
+            objects = json.loads(text)
+            if not isinstance(objects, list) or not all(isinstance(row, dict) for row in objects):
+                raise ValueError
+            return set().union(*objects), list(enumerate(objects, start=1))
+        reader = csv.DictReader(io.StringIO(text))
+        return set(reader.fieldnames or ()), [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error):
+        raise DataError(f"{uri}: is not a CSV table in UTF-8") from None
+    except ValueError:
+        raise DataError(f"{uri}: is not a JSON list of objects in UTF-8") from None

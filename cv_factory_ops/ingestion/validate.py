@@ -1,0 +1,140 @@
+"""The gate that each image passes in the process that decodes it: what it must be to be used, and its pixels stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cv_factory_ops import storage
+from cv_factory_ops.config import Decoding, ValidationConfig
+from cv_factory_ops.domain import Decoded, Domain, open_domain
+from cv_factory_ops.errors import CvFactoryError, Rejected
+from cv_factory_ops.ingestion.decode import as_unit_range, decode
+from cv_factory_ops.ingestion.manifest import PixelWriter, Refusal, Row, pixel_digest, to_uint16
+from cv_factory_ops.ingestion.sources.item import Item, Ref
+
+SAMPLED_SIDE = 128
+"""Rows and columns from which on not every one is looked at to tell whether an image is blank."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a process that decodes has to know."""
+
+    domain: str
+    labels: list[str]
+    decoding: Decoding
+    rules: ValidationConfig
+    folder: Path
+    """Where the pixels are written."""
+
+
+class Validated:
+    """Decodes, checks and stores one item after the other."""
+
+    def __init__(self, settings: Validation) -> None:
+        self._settings = settings
+        self._domain = open_domain(settings.domain)
+        self._pixels = PixelWriter(settings.folder / f"pixels-{os.getpid()}-{os.urandom(4).hex()}.bin")
+
+    def __call__(self, item: Item) -> list[Row | Refusal]:
+        """A row for each frame; where one cannot be used, a refusal."""
+        results: list[Row | Refusal] = []
+        try:
+            for image in frames(item, self._domain, self._settings.decoding):
+                results.append(self._row(item, image))
+        except CvFactoryError as error:
+            results.append(Refusal(item.id, error.code if isinstance(error, Rejected) else "unreadable", str(error)))
+        return results
+
+    def _row(self, item: Item, image: Decoded) -> Row | Refusal:
+        id = frame_id(item, image, self._settings.decoding)
+        labels = self._settings.labels
+        if item.label and item.label not in labels:
+            return Refusal(id, "unknown_label", f"its label is none of: {', '.join(labels)}")
+        try:
+            check(image, item.patient, self._settings.rules)
+        except Rejected as error:
+            return Refusal(id, error.code, str(error))
+        pixels = to_uint16(image.image)
+        row_spacing, column_spacing = image.spacing or (None, None)
+        return Row(
+            id=id,
+            patient=item.patient or image.patient,
+            study=image.study,
+            instance=image.instance,
+            label=labels.index(item.label) if item.label else -1,
+            split=item.split,
+            source=item.source,
+            review=item.review,
+            digest=pixel_digest(pixels),
+            rows=pixels.shape[0],
+            columns=pixels.shape[1],
+            channels=1 if pixels.ndim == 2 else pixels.shape[2],
+            row_spacing=row_spacing,
+            column_spacing=column_spacing,
+            place=self._pixels.append(pixels),
+            metadata=image.metadata,
+        )
+
+
+def frames(item: Item, domain: Domain, decoding: Decoding) -> Iterator[Decoded]:
+    """The images of an item.
+
+    Raises:
+        Rejected: it cannot be decoded.
+    """
+    match item.content:
+        case np.ndarray():
+            return iter([Decoded(as_unit_range(item.content, decoding.color))])
+        case Ref(uri=uri):
+            return decode(storage.read_bytes(uri), item.content_type, domain, decoding)
+        case content:
+            return decode(content, item.content_type, domain, decoding)
+
+
+def frame_id(item: Item, image: Decoded, decoding: Decoding) -> str:
+    """The item's name; with the number of the frame, where each of several is an image of its own."""
+    return item.id if image.frame is None or decoding.frames == "middle" else f"{item.id}#{image.frame:04d}"
+
+
+def check(image: Decoded, patient: str, rules: ValidationConfig) -> None:
+    """Accept an image that keeps all rules; ``patient`` is the pseudonym that its source gave.
+
+    Raises:
+        Rejected: ``missing``, ``not_allowed``, ``geometry``, ``blank``; messages name fields, and values only of allowed ones.
+    """
+    known = {"patient": patient or image.patient, "study": image.study, "spacing": image.spacing, **image.metadata}
+    if missing := [name for name in rules.required if not known.get(name)]:
+        raise Rejected("missing", f"says no {', '.join(missing)}; required: {', '.join(rules.required)}")
+    for name, allowed in rules.allowed.items():
+        if str(known.get(name) or "") not in allowed:
+            raise Rejected("not_allowed", f"{name} is none of those allowed: {', '.join(allowed)}")
+    _check_geometry(image, rules)
+    low, high = _extremes(image.image)
+    if high - low < rules.blank:
+        raise Rejected("blank", "shows nothing: nearly all of its pixels are the same")
+
+
+def _check_geometry(image: Decoded, rules: ValidationConfig) -> None:
+    short, long = sorted(image.image.shape[:2])
+    if short < rules.min_side:
+        raise Rejected("geometry", f"has a side of {short} pixels; allowed from {rules.min_side}")
+    if long > rules.max_aspect * short:
+        raise Rejected("geometry", f"has sides of {short} and {long} pixels; allowed ratio {rules.max_aspect:g}")
+    least, most = rules.spacing_mm
+    if image.spacing and not all(least <= spacing <= most for spacing in image.spacing):
+        raise Rejected("geometry", f"has a pixel spacing outside of the plausible {least:g} .. {most:g} mm")
+
+
+def _extremes(image: NDArray[np.float32]) -> tuple[float, float]:
+    """The 0.1 % and 99.9 % quantiles of intensity; of a large image, over every few rows and columns."""
+    rows, columns = (1 + side // SAMPLED_SIDE for side in image.shape[:2])
+    values = np.sort(image[::rows, ::columns], axis=None)
+    last = len(values) - 1
+    return float(values[int(0.001 * last)]), float(values[int(np.ceil(0.999 * last))])
