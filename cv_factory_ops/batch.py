@@ -12,14 +12,14 @@ from cv_factory_ops import registry, storage
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import KafkaTopic, as_uri
 from cv_factory_ops.domain import Decoded, Decoding, open_domain
-from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
+from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion import sources
 from cv_factory_ops.ingestion.manifest import Refusal, write_quarantine
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.ingestion.readers import read_all
 from cv_factory_ops.ingestion.sources.files import open_files
 from cv_factory_ops.ingestion.sources.item import Item
-from cv_factory_ops.ingestion.validate import frame_id, frames
+from cv_factory_ops.ingestion.validate import frame_id, frames, refusal
 from cv_factory_ops.records import PredictRecord
 from cv_factory_ops.registry import Champion
 
@@ -112,5 +112,5 @@ class _Studies:
         try:
             images = frames(item, self._domain, self._decoding)
             return [(frame_id(item, image, self._decoding), image) for image in images]
-        except CvFactoryError as error:
-            return Refusal(item.id, error.code if isinstance(error, Rejected) else "unreadable", str(error))
+        except Exception as error:
+            return refusal(item, error)

@@ -65,7 +65,7 @@ STAGES = {
         "ingestion.ingest:run",
         "read, check and split the images",
         (),
-        ("project", "domain", "labels", "data", "splits"),
+        ("project", "domain", "labels", "data", "decoding", "splits"),
         "ingestion.ingest:fingerprint",
     ),
     "preprocess": Spec(

@@ -38,6 +38,11 @@ def path_of(uri: str) -> Path | None:
             raise ConfigError(f"{uri}: scheme {parts.scheme or 'none'!r} given; allowed: file://, s3://")
 
 
+def join(uri: str, name: str) -> str:
+    """The URI of an object by its name below another, whatever characters a file's name has."""
+    return f"{uri}/{name if uri.startswith('s3://') else urllib.parse.quote(name)}"
+
+
 def read_bytes(uri: str) -> bytes:
     """The content of one object.
 
@@ -116,7 +121,7 @@ def upload_tree(folder: Path, uri: str, last: str | None = None) -> None:
     """Copy a folder's files below a URI; ``last`` names the file that is written after all others."""
     names = sorted(str(item.relative_to(folder)) for item in folder.rglob("*") if item.is_file())
     for name in sorted(names, key=lambda item: item == last):
-        upload_file(folder / name, f"{uri}/{name}")
+        upload_file(folder / name, join(uri, name))
 
 
 def upload_file(path: Path, uri: str) -> None:
@@ -226,8 +231,8 @@ def _download(uri: str, target: Path) -> None:
 
 
 def _bucket_key(uri: str) -> tuple[str, str]:
-    parts = urllib.parse.urlsplit(uri)
-    return parts.netloc, parts.path.lstrip("/")
+    bucket, _, key = uri.removeprefix("s3://").partition("/")  # not by urlsplit: a key may hold ? and #
+    return bucket, key.lstrip("/")
 
 
 def _s3_names(bucket: str, prefix: str) -> Iterator[str]:

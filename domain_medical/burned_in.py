@@ -19,7 +19,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from cv_factory_ops.domain import Box, Decoding
 from cv_factory_ops.errors import Rejected
-from domain_medical.intensities import colour_image, palette_image
+from domain_medical.intensities import Stored, _padding, colour_image, palette_image
 from domain_medical.pixels import Pixels
 
 CURE = "needs rapidocr: pip install 'cv-factory[deidentify]'"
@@ -177,17 +177,28 @@ def _grey(words: NDArray[Any], study: FileDataset, pixels: Pixels) -> NDArray[An
 
 
 def _blanked(words: NDArray[Any], study: FileDataset, pixels: Pixels, boxes: list[Box]) -> bytes:
-    """A frame with its own darkest colour in the boxes, and nothing in its unused bits."""
+    """A frame with its own darkest colour in the boxes, and nothing in its unused bits but padding."""
     order = ">" if pixels.syntax == ExplicitVRBigEndian else "<"
-    kept = words
-    if words.ndim == 2:
-        kept = pixels.stored.values(words).astype(np.int64) << pixels.stored.shift
+    kept = words if words.ndim == 3 else _values_and_padding(words, study, pixels)
     sign = "i" if pixels.stored.signed and words.ndim == 2 else "u"
     frame = kept.astype(f"{order}{sign}{pixels.allocated // 8}")
     darkest = frame[np.unravel_index(_grey(words, study, pixels).argmin(), words.shape[:2])].copy()
     for box in boxes:
         frame[_area(box)] = darkest
     return frame.tobytes()
+
+
+def _values_and_padding(words: NDArray[Any], study: FileDataset, pixels: Pixels) -> NDArray[np.int64]:
+    """Values in the lowest bits of their words; words that are padding as a whole (-32768 beside 12 bits) as they are.
+
+    Where overlays lie in the unused bits, none is kept: 0 with an overlay's bit may be the very word that stands for padding.
+    """
+    values = pixels.stored.values(words).astype(np.int64)
+    padding = _padding(study, words.dtype)
+    if padding is None or pixels.photometric == "PALETTE COLOR" or _has_overlay_bits(study):
+        return values
+    whole = Stored(8 * words.itemsize, 0, pixels.stored.signed).values(words).astype(np.int64)
+    return np.where((whole >= padding[0]) & (whole <= padding[1]), whole, values)
 
 
 def _store(study: FileDataset, pixels: Pixels, data: bytes) -> None:
@@ -197,7 +208,7 @@ def _store(study: FileDataset, pixels: Pixels, data: bytes) -> None:
         study.PhotometricInterpretation, study.PlanarConfiguration = "RGB", 0
     if not pixels.is_native:
         study.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        study.HighBit = pixels.stored.bits - 1
+    study.HighBit = pixels.stored.bits - 1 + (pixels.stored.shift if pixels.samples > 1 else 0)  # colours are not moved
     for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
         if keyword in study:
             del study[keyword]

@@ -179,7 +179,7 @@ def _clean_pixels(study: FileDataset, settings: DeidentificationConfig) -> tuple
     declared = text(study, "BurnedInAnnotation")
     if not any(keyword in study for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         return (), False, review
-    if _is_marked(study) and "113101" in _method_codes(study) and declared == "NO":
+    if _is_screened_here(study):
         return (), True, review
     is_wanted = settings.pixels == "screen" or (settings.pixels == "declared" and declared != "NO")
     screen = is_wanted and burned_in.can_screen()
@@ -197,8 +197,19 @@ def _is_marked(study: Dataset) -> bool:
     return text(study, "PatientIdentityRemoved") == "YES"
 
 
-def _method_codes(study: Dataset) -> set[str | None]:
-    return {text(item, "CodeValue") for item in study.get("DeidentificationMethodCodeSequence") or []}
+def _is_screened_here(study: Dataset) -> bool:
+    """Whether the file has every mark that :func:`_mark` leaves on searched pixels; what others did to theirs is not known."""
+    codes = {text(item, "CodeValue") for item in study.get("DeidentificationMethodCodeSequence") or []}
+    is_cleaned = _is_marked(study) and "113101" in codes and text(study, "BurnedInAnnotation") == "NO"
+    return is_cleaned and _values(study, "DeidentificationMethod") == _methods(is_screened=True)
+
+
+def _methods(*, is_screened: bool) -> list[str]:
+    return [
+        f"PS3.15 {EDITION} Annex E, options in the code sequence",
+        "Keyed pseudonyms for patient and UIDs",
+        "Pixels screened for text" if is_screened else "Pixels not screened for text",
+    ]
 
 
 def _deidentified(study: FileDataset, settings: DeidentificationConfig, *, is_screened: bool) -> bytes:
@@ -242,11 +253,7 @@ def _mark(study: Dataset, settings: DeidentificationConfig, *, is_screened: bool
         "113109": settings.device,
     }
     study.PatientIdentityRemoved = "YES"
-    study.DeidentificationMethod = [
-        f"PS3.15 {EDITION} Annex E, options in the code sequence",
-        "Keyed pseudonyms for patient and UIDs",
-        "Pixels screened for text" if is_screened else "Pixels not screened for text",
-    ]
+    study.DeidentificationMethod = _methods(is_screened=is_screened)
     study.DeidentificationMethodCodeSequence = [_code(code) for code, is_done in done.items() if is_done]
     study.LongitudinalTemporalInformationModified = "MODIFIED" if settings.dates == "shift" else "REMOVED"
     if is_screened:

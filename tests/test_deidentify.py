@@ -22,12 +22,12 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from cv_factory_ops.cli import main
-from cv_factory_ops.domain import DeidentificationConfig, Deidentified, pseudonym
+from cv_factory_ops.domain import Box, DeidentificationConfig, Deidentified, pseudonym
 from cv_factory_ops.errors import Rejected
 from domain_medical import DOMAIN, burned_in
-from domain_medical.deidentify import _ACTIONS, CODES
+from domain_medical.deidentify import _ACTIONS, CODES, _code
 from domain_medical.synthetic import studies
-from tests.test_dicom import ODD, decode, encode, make
+from tests.test_dicom import ODD, RAMP, decode, encode, make
 
 UNSEEN = DeidentificationConfig(pixels="trust")
 """The defaults, without the seconds that looking at pixels takes."""
@@ -450,6 +450,24 @@ class TestText:
         study.BurnedInAnnotation = "YES"
         assert screened(study, pixels="declared")[0].boxes
 
+    def test_marks_of_others_are_not_believed(self) -> None:
+        study, letters = burned("DOE JANE")
+        study.PatientIdentityRemoved, study.DeidentificationMethod = "YES", "Pixels screened for text"
+        study.DeidentificationMethodCodeSequence = [_code("113100"), _code("113101")]
+        study.BurnedInAnnotation = "NO"
+        made, image = screened(study)
+        assert is_blank(image, letters)
+        assert made.review == ("text_blanked",)
+        _, trusted = screened(study, pixels="trust")
+        assert "113101" not in [item.CodeValue for item in trusted.DeidentificationMethodCodeSequence]
+
+    def test_our_own_marks_spare_a_second_search(self) -> None:
+        made, _ = screened(phantom())
+        burned_in._reader.cache_clear()
+        again = DOMAIN.deidentify(made.content, DeidentificationConfig())
+        assert again.content == made.content
+        assert burned_in._reader.cache_info().currsize == 0
+
     def test_broken_pixels_are_refused(self) -> None:
         study = make()
         study.PixelData = study.PixelData[:100]
@@ -462,6 +480,61 @@ class TestText:
         burned_in._reader.cache_clear()
         DOMAIN.require_deidentified(made.content)
         assert burned_in._reader.cache_info().currsize == 0
+
+
+class TestBlanking:
+    """The boxes are given: what a reader finds is tested above."""
+
+    BOX = Box(4, 2, 20, 8)
+
+    @pytest.fixture(autouse=True)
+    def found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(burned_in, "can_screen", lambda: True)
+        looks = iter([[self.BOX]])
+        monkeypatch.setattr(burned_in, "find", lambda image: next(looks, []))
+
+    def images(self, study: Dataset) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """Before and after blanking, and where the box is."""
+        made, _ = screened(study)
+        assert made.boxes == (self.BOX,)
+        box = np.zeros((study.Rows, study.Columns), np.bool_)
+        box[burned_in._area(self.BOX)] = True
+        return decode(encode(study)).image, decode(made.content).image, box
+
+    @pytest.mark.parametrize("limit", [{}, {"PixelPaddingRangeLimit": -32760}])
+    @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+    @pytest.mark.parametrize("high_bit", [11, 15])
+    def test_padding_stays_black(self, limit: dict[str, int], photometric: str, high_bit: int) -> None:
+        values = (RAMP.astype(np.int16) - 2048).astype(np.int16) << (high_bit - 11)
+        values[20:30] = -32768
+        values[30:32] = -32765 if limit else -32768
+        study = make(values, PixelPaddingValue=-32768, PhotometricInterpretation=photometric, HighBit=high_bit, **limit)
+        first, second, box = self.images(study)
+        assert (second[20:32] == 0).all()
+        assert np.array_equal(first[~box], second[~box])
+        assert (first[~box] > 0.4).any()
+        assert (second[box] == 0).all()
+
+    @pytest.mark.parametrize("is_packed", [False, True])
+    @pytest.mark.parametrize("dtype", [np.int16, np.uint16])
+    def test_values_in_the_high_bits_stay(self, dtype: type[np.integer[Any]], is_packed: bool) -> None:
+        study = make((RAMP << 4).view(dtype), HighBit=15)
+        if is_packed:
+            study.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+        first, second, box = self.images(study)
+        assert np.array_equal(first[~box], second[~box])
+        assert len(np.unique(second)) > 3900
+        assert len(np.unique(second[box])) == 1
+
+    @pytest.mark.parametrize("is_packed", [False, True])
+    def test_colours_stay(self, is_packed: bool) -> None:
+        plain = np.dstack([RAMP, RAMP[::-1], RAMP.T]).copy()
+        study = make(plain, HighBit=15, PhotometricInterpretation="RGB", PlanarConfiguration=0)
+        if is_packed:
+            study.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+        first, second, box = self.images(study)
+        assert np.array_equal(first[~box], second[~box])
+        assert len(np.unique(second[box])) == 1
 
 
 class TestPixels:

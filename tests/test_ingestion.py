@@ -361,6 +361,16 @@ class TestSplits:
         splits.refuse_leakage(found)
         assert len({(r.patient, r.split) for r in found}) == 30
 
+    def test_studies_and_frames_without_a_patient_stay_together(self) -> None:
+        rows = [row(f"{i}", study=f"s{i % 20}") for i in range(40)]
+        rows += [row(f"cine{i % 20}.tiff#{i // 20:04d}") for i in range(60)]
+        found = split(rows, SplitConfig())
+        assert len({(r.study or r.id.partition("#")[0], r.split) for r in found}) == 40
+        told = splits.with_patients([row("a", study="s", patient="p"), row("b", study="s"), row("c", study="t")])
+        assert [r.patient for r in told] == ["p", "p", ""]
+        with pytest.raises(DataError, match=r"1 studies are in more than one split: s \(train, test\)"):
+            splits.refuse_leakage([row("a", study="s", split="train"), row("b", study="s", split="test")])
+
     def test_runs_of_a_project_remember_who_was_where(self, project: Project, home: Path) -> None:
         rows = write_folder(home / "data", count=60)
         write_table(home / "data.csv", rows[:30])

@@ -28,7 +28,7 @@ from pydicom.uid import ComputedRadiographyImageStorage, JPEG2000Lossless, Multi
 from pynetdicom import AE, AllStoragePresentationContexts, _config, build_context
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import DicomWebSource, DimseSource, ReceivedSource, as_uri, load
+from cv_factory_ops.config import DicomWebSource, DimseSource, ReceivedSource, VideoSource, as_uri, load
 from cv_factory_ops.domain import DeidentificationConfig, Deidentified
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected, Unavailable
 from cv_factory_ops.ingestion.manifest import Refusal
@@ -228,10 +228,14 @@ class Counting(Medical):
     """The domain, counting how many objects arrive."""
 
     def __init__(self) -> None:
-        self.arrived = 0
+        self.lengths: list[int] = []  # appending is safe among the threads of several associations
+
+    @property
+    def arrived(self) -> int:
+        return len(self.lengths)
 
     def deidentify(self, data: bytes, settings: DeidentificationConfig) -> Deidentified:
-        self.arrived += 1
+        self.lengths.append(len(data))
         return super().deidentify(data, settings)
 
 
@@ -337,20 +341,24 @@ class TestRetrieve:
 
     def test_what_is_refused_is_not_fetched_again(self, orthanc: Orthanc, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(self: Medical, data: bytes, settings: DeidentificationConfig) -> Deidentified:
-            raise Rejected("identified", "names are burned in")
+            raise Rejected("undecodable", "is broken")
 
         source = source_of("c_get", orthanc, query={"PatientID": "MRN-4712"})
         monkeypatch.setattr(Medical, "deidentify", refuse)
         assert fetch(source) == 8
         assert fetch(source) == 0
-        assert {item.code for item in Inbox(as_uri("inbox")).items() if isinstance(item, Refusal)} == {"identified"}
+        assert {item.code for item in Inbox(as_uri("inbox")).items() if isinstance(item, Refusal)} == {"undecodable"}
         assert all(name.endswith(".json") for name in stored())
 
     def test_too_large(self, orthanc: Orthanc) -> None:
-        assert fetch(source_of("dicomweb", orthanc, query={"PatientID": "MRN-4712"}, max_bytes=4000)) == 0
-        refused = list(Inbox(as_uri("inbox")).items())
+        source, inbox = source_of("dicomweb", orthanc, query={"PatientID": "MRN-4712"}, max_bytes=4000), Inbox(as_uri("inbox"))
+        assert isinstance(source, DicomWebSource)
+        dicomweb.fetch_studies(source, inbox, DOMAIN, SETTINGS)
+        refused = list(inbox.items())
         assert len(refused) == 8
         assert all(isinstance(item, Refusal) and item.code == "too_large" for item in refused)
+        assert fetch(source.model_copy(update={"max_bytes": 1 << 20})) == 8
+        assert_complete(slices())
 
 
 @needs_orthanc
@@ -521,6 +529,47 @@ class TestOddServers:
     def test_one_that_is_no_dicomweb(self) -> None:
         with answering([("1.2", "1.3", "1.4")], {"1.4": ("text/html", b"<html>")}) as source:
             assert "multipart/related" in failure(DataError, source)
+
+    @pytest.mark.parametrize("attribute", [None, "1.2", ["1.2"], {"Value": "1.2"}, {"Value": {"0": "1"}}, {"Value": [{}]}])
+    def test_one_that_lists_no_dicom_json(self, attribute: object) -> None:
+        page = json.dumps([{"0020000D": attribute}]).encode()
+        answer = httpx.MockTransport(lambda _: httpx.Response(200, content=page))
+        source = DicomWebSource(url="http://pacs", labels="labels.csv")
+        with (
+            httpx.Client(transport=answer) as client,
+            pytest.raises(DataError, match="http://pacs: lists an attribute 0020000D"),
+        ):
+            list(dicomweb.DicomWeb(source, client).studies())
+
+    def test_what_has_no_value(self) -> None:
+        web = dicomweb.DicomWeb(DicomWebSource(url="http://pacs", labels="labels.csv"), httpx.Client())
+        for found in ({}, {"00080060": {"vr": "CS"}}, {"00080060": {"Value": [None]}}, {"00080060": {"Value": []}}):
+            assert web._value(found, "00080060") == ""
+
+
+class TestIntake:
+    def test_what_may_pass_another_time_is_asked_for_again(self) -> None:
+        for code, is_asked_for, is_kept in (
+            ("identified", True, False),
+            ("identified", False, True),
+            ("not_dicom", True, True),
+        ):
+            inbox = Inbox(as_uri(f"{code}-{is_asked_for}"))
+            intake = pacs.Intake(inbox, DOMAIN, SETTINGS, "1.2", is_asked_for)
+            intake.refuse("1.3", code, "is broken")
+            assert "1.3" in intake, "not twice in one fetch"
+            assert [item.code for item in inbox.items() if isinstance(item, Refusal)] == [code]
+            assert len(Inbox(inbox.uri)) == is_kept
+
+    def test_other_settings_have_another_inbox(self, project: Project) -> None:
+        received = ReceivedSource(labels="labels.csv")
+        declared, screened = (
+            load(project(deidentification={"pixels": pixels}, data={"source": received.model_dump()}))
+            for pixels in ("declared", "screen")
+        )
+        assert inbox_uri(declared, received) != inbox_uri(screened, received)
+        video = VideoSource(path="videos", labels="labels.csv")
+        assert inbox_uri(declared, video) == inbox_uri(screened, video)
 
 
 class TestContexts:

@@ -17,10 +17,14 @@ from PIL import Image
 from pydicom.fileset import FileSet
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import Decoding, as_uri, load
-from cv_factory_ops.errors import DataError
+from cv_factory_ops.config import Decoding, ValidationConfig, as_uri, load
+from cv_factory_ops.domain import Decoded, pseudonym
+from cv_factory_ops.errors import DataError, Unavailable
 from cv_factory_ops.ingestion.decode import decode
+from cv_factory_ops.ingestion.labels import read_labels
 from cv_factory_ops.ingestion.manifest import read_images, read_manifest
+from cv_factory_ops.ingestion.sources.item import Item
+from cv_factory_ops.ingestion.validate import check, refusal
 from cv_factory_ops.records import IngestRecord
 from cv_factory_ops.stage import run_stage
 from domain_medical import DOMAIN
@@ -113,9 +117,15 @@ class TestArchives:
             tar.add(home / "data" / "000.dcm", "x/000.dcm")
         (home / "data" / "cut.tgz").write_bytes(whole.getvalue()[:-500])
         with (home / "data.csv").open("a") as table:
-            table.write("cut.zip,normal\ncut.tgz,normal\n")
+            table.write("cut.zip,normal\ncut.tgz,normal\nspoilt.zip,normal\n")
+        whole = io.BytesIO()
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x.dcm", bytes(range(256)) * 400)
+        spoilt = bytearray(whole.getvalue())
+        spoilt[40:60] = b"\xff" * 20
+        (home / "data" / "spoilt.zip").write_bytes(spoilt)
         assert ingest(project(data=files())).accepted == 40
-        assert quarantine(home) == {"cut.zip": "truncated", "cut.tgz": "truncated"}
+        assert quarantine(home) == {"cut.zip": "truncated", "cut.tgz": "truncated", "spoilt.zip": "truncated"}
 
     def test_archive_on_s3(self, plain: Any, project: Project, home: Path, bucket: str) -> None:
         found, record = plain
@@ -186,6 +196,50 @@ class TestLabels:
         with pytest.raises(DataError, match=r"data\.json: ") as caught:
             ingest(project(data=files(labels="data.json")), "run2")
         assert "Doe" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("rows", "reason"),
+        [
+            ('[{"file": "", "label": "normal"}]', "line 1: file is empty"),
+            ('[{"file": "a", "label": {"a": 1}}]', "line 1: label is neither a text nor a whole number"),
+            ('[{"file": "a", "label": "normal", "patient": ["Doe"]}]', "line 1: patient is neither a text nor a whole number"),
+        ],
+    )
+    def test_cells_that_are_no_text(self, plain: Any, project: Project, home: Path, rows: str, reason: str) -> None:
+        (home / "data.json").write_text(rows)
+        with pytest.raises(DataError, match=reason):
+            ingest(project(data=files(labels="data.json")), "run2")
+
+    def test_numbers_are_labels_too(self, home: Path) -> None:
+        (home / "t.json").write_text('[{"file": "a", "label": 0, "patient": 0}]')
+        table = read_labels((home / "t.json").as_uri(), ["0", "1"], DOMAIN)
+        found = table.of_file("a")
+        assert found
+        assert (found.label, found.patient) == ("0", pseudonym("0", "patient"))
+        assert table.of_file("/b") is None
+
+
+class TestNames:
+    def test_any_name_of_a_file(self, project: Project, home: Path) -> None:
+        names = [f"{odd} {i}.png" for i in range(8) for odd in ("a#1", "b%20c", "d?e", "ä b", "f%41")]
+        (home / "my data").mkdir()
+        for i, name in enumerate(names):
+            (home / "my data" / name).write_bytes(picture(noise(12, 12, seed=i), "PNG"))
+        rows = [{"file": name, "label": LABELS[i // 5 % 2]} for i, name in enumerate(names)]
+        write_table(home / "my data" / "the labels.csv", rows)
+        record = ingest(project(data=files("my data", "my data/the labels.csv")))
+        assert (record.accepted, record.quarantined) == (40, 0)
+
+    def test_a_name_that_an_archive_holds_twice(self, plain: Any, project: Project, home: Path) -> None:
+        found, _ = plain
+        with zipfile.ZipFile(home / "data.zip", "w") as archive:
+            for name, (data, _) in found.items():
+                archive.writestr(f"/{name}", data)
+            with pytest.warns(UserWarning, match="Duplicate name"):
+                archive.writestr("/000.dcm", found["001.dcm"][0])
+        record = ingest(project(data=files("data.zip")))
+        assert record.accepted == 40
+        assert record.quarantine_reasons == {"duplicate_id": 1}
 
 
 class TestFrames:
@@ -282,6 +336,24 @@ class TestValidation:
         assert {codes.get(name) for name in ("tiny.png", "strip.png", "spacing.dcm")} == {"geometry"}
         assert codes["blank.png"] == "blank"
         assert record.quarantine_reasons == {"missing": 4, "not_allowed": 1, "geometry": 1}
+
+    def test_a_newborn_has_an_age(self) -> None:
+        image = Decoded(noise(9, 9).astype(np.float32) / 255, metadata={"age_years": 0.0, "modality": None})
+        check(image, "", ValidationConfig(required=["age_years"]))
+        with pytest.raises(DataError, match="says no modality"):
+            check(image, "", ValidationConfig(required=["age_years", "modality"]))
+
+    def test_only_the_item_s_own_fault_is_a_refusal(self) -> None:
+        item = Item("a", b"")
+        assert refusal(item, DataError("x")).code == "unreadable"
+        assert refusal(item, KeyError("Doe^Jane")).reason == "cannot be read (KeyError)"
+        with pytest.raises(Unavailable):
+            refusal(item, Unavailable("the store does not answer"))
+
+    def test_another_window_is_another_ingestion(self, plain: Any, project: Project, home: Path) -> None:
+        before = manifest(home)["digest"]
+        ingest(project(data=files(), decoding={"window": {"kind": "fixed", "center": 500, "width": 100}}))
+        assert not manifest(home)["digest"].equals(before)
 
     def test_spacing_is_kept_in_mm(self, plain: Any, home: Path) -> None:
         found, _ = plain

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -19,11 +18,12 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cv_factory_ops.config import HttpSource
-from cv_factory_ops.domain import DeidentificationConfig, pseudonym
-from cv_factory_ops.errors import ConfigError, DataError, Unavailable
+from cv_factory_ops.domain import Decoding, DeidentificationConfig, pseudonym
+from cv_factory_ops.errors import ConfigError, DataError, Rejected, Unavailable
+from cv_factory_ops.ingestion.decode import decode, without_metadata
 from cv_factory_ops.ingestion.manifest import Refusal
 from cv_factory_ops.ingestion.sources import downloads
 from cv_factory_ops.ingestion.sources.http import at, fetch_images
@@ -269,14 +269,96 @@ class TestStudies:
         assert refused(inbox) == {name("s"): "not_dicom"}
 
 
+def tiff(*pages: Image.Image, **more: Any) -> bytes:
+    target = io.BytesIO()
+    pages[0].save(target, "TIFF", save_all=True, append_images=pages[1:], **more)
+    return target.getvalue()
+
+
+def npy(array: Any) -> bytes:
+    target = io.BytesIO()
+    np.save(target, array)
+    return target.getvalue()
+
+
+class TestPictures:
+    @pytest.fixture
+    def told(self) -> Image.Exif:
+        exif = Image.Exif()
+        exif[0x010E], exif[0x013B], exif[0x0112] = "Doe^Jane", "Doe^Jane", 6  # description, artist; turned by 90 degrees
+        return exif
+
+    @pytest.mark.parametrize(
+        ("format", "mode"),
+        [
+            *(("PNG", mode) for mode in ("L", "RGB", "I;16", "P", "RGBA")),
+            *(("JPEG", mode) for mode in ("L", "RGB")),
+            *((format, mode) for format in ("TIFF", "pages") for mode in ("L", "RGB", "I;16", "F", "P", "RGBA")),
+        ],
+    )
+    def test_only_pixels_are_kept_and_none_is_changed(self, told: Image.Exif, mode: str, format: str) -> None:
+        values = np.random.default_rng(0).integers(0, 256, (12, 20), dtype=np.uint8)
+        deep = {"I;16": values.astype(np.uint16) * 257, "F": (values / 255).astype(np.float32)}.get(mode, values)
+        picture = Image.fromarray(deep) if mode in {"I;16", "F"} else Image.fromarray(values).convert(mode)
+        target = io.BytesIO()
+        if format == "PNG":
+            note = PngImagePlugin.PngInfo()
+            note.add_text("Patient", "Doe^Jane")
+            picture.save(target, "PNG", exif=told, pnginfo=note)
+        elif format == "JPEG":
+            picture.save(target, "JPEG", exif=told, comment=b"Doe^Jane")
+        else:
+            target.write(tiff(*[picture] * (3 if format == "pages" else 1), tiffinfo={0x010E: "Doe^Jane", 0x0112: 6}))
+        assert b"Doe^Jane" in target.getvalue()
+        content, content_type = without_metadata(target.getvalue())
+        assert b"Doe" not in content
+        assert content_type == ("image/tiff" if mode == "F" or format == "pages" else "image/png")
+        decoding = Decoding(frames="all", color="rgb")
+        before, after = (list(decode(data, None, DOMAIN, decoding)) for data in (target.getvalue(), content))
+        assert [image.frame for image in before] == [image.frame for image in after]
+        assert before[0].image.shape == (20, 12, 3)
+        assert all(np.array_equal(a.image, b.image) for a, b in zip(before, after, strict=True))
+
+    def test_of_an_array_only_its_values_are_kept(self) -> None:
+        values = np.arange(12, dtype=np.uint16).reshape(3, 4)
+        assert without_metadata(npy(values) + b"Doe^Jane") == (npy(values), "application/x-npy")
+        for array in (np.array([["Doe^Jane"]]), np.zeros((2, 2), [("Doe^Jane", "u1")])):
+            with pytest.raises(Rejected, match="allowed: uint8"):
+                without_metadata(npy(array))
+
+    def test_pages_have_a_limit_together(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cv_factory_ops.ingestion.decode.MAX_PIXELS", 1000)
+        page = Image.new("L", (20, 20))
+        without_metadata(tiff(page, page))
+        with pytest.raises(Rejected, match="pages of more than 1000 pixels together"):
+            without_metadata(tiff(page, page, page))
+
+    def test_the_inbox_keeps_no_metadata(self, api: Server, inbox: Inbox, told: Image.Exif) -> None:
+        target = io.BytesIO()
+        Image.new("L", (12, 12)).save(target, "JPEG", exif=told)
+        api.page("/images", [{"id": "a", "image": api.image("/1", target.getvalue(), "image/jpeg")}])
+        fetch(source(api), inbox)
+        assert b"Doe" not in read_bytes(f"{inbox.uri}/{name('a')}")
+        [item] = inbox.items()
+        assert not isinstance(item, Refusal)
+        assert item.content_type == "image/png"
+
+
 class TestRefusals:
     def test_an_image_above_the_limit_is_refused_and_not_read_on(self, api: Server, inbox: Inbox) -> None:
         api.page("/images", [{"id": "a", "image": "/endless"}])
         api.answers["/endless"] = [Answer(b"x" * 200_000, length=1 << 40)]
         fetch(source(api, max_bytes=100_000), inbox)
         assert refused(inbox) == {name("a"): "too_large"}
-        fetch(source(api, max_bytes=100_000), Inbox(inbox.uri))
-        assert api.count("/endless") == 1
+
+    def test_what_another_limit_or_library_may_change_is_asked_for_again(self, api: Server, inbox: Inbox) -> None:
+        api.page("/images", [{"id": "a", "image": api.image("/1", png(1))}])
+        fetch(source(api, max_bytes=10), inbox)
+        assert refused(inbox) == {name("a"): "too_large"}
+        again = Inbox(inbox.uri)
+        fetch(source(api), again)
+        assert len(again) == 1
+        assert refused(again) == {}
 
     def test_an_image_of_just_the_limit_is_taken(self, api: Server, inbox: Inbox) -> None:
         api.page("/images", [{"id": "a", "image": api.image("/1", png(1))}])
@@ -299,6 +381,13 @@ class TestRefusals:
         fetch(source(api), again)
         assert set(refused(again)) == {name(str(i)) for i in range(2, 6)}
 
+    @pytest.mark.parametrize("body", [b"PK\x03\x04 Doe^Jane", b"%PDF-1.7 Doe^Jane", b'{"instances": "Doe^Jane"}'])
+    def test_what_is_no_image_is_not_kept(self, api: Server, inbox: Inbox, home: Path, body: bytes) -> None:
+        api.page("/images", [{"id": "a", "image": api.image("/1", body, "image/png")}])
+        fetch(source(api), inbox)
+        assert refused(inbox) == {name("a"): "unsupported"}
+        assert all(b"Doe" not in path.read_bytes() for path in (home / "inbox").iterdir())
+
     def test_an_empty_answer_is_refused(self, api: Server, inbox: Inbox) -> None:
         api.page("/images", [{"id": "a", "image": api.image("/1", b"")}])
         fetch(source(api), inbox)
@@ -312,7 +401,7 @@ class TestRefusals:
         assert "MRN4711" not in refusal.reason
         api.answers["/MRN4711.png"] = [Answer(status=500)]
         with pytest.raises(Unavailable) as failure:
-            fetch(source(api), inbox)
+            fetch(source(api), Inbox(inbox.uri))
         assert "MRN4711" not in str(failure.value)
 
 
@@ -386,6 +475,16 @@ class TestRetries:
             assert found.label == (label or "")
         assert api.count("/1") == 1
 
+    def test_a_patient_who_becomes_known_later_is_taken_and_kept(self, api: Server, inbox: Inbox) -> None:
+        item = {"id": "a", "image": api.image("/1", png(1))}
+        for mrn, expected in ((None, ""), ("4711", pseudonym("4711", "patient")), (None, pseudonym("4711", "patient"))):
+            api.page("/images", [item | {"mrn": mrn}])
+            again = Inbox(inbox.uri)
+            fetch(source(api, patient="mrn"), again)
+            [found] = again.items()
+            assert not isinstance(found, Refusal)
+            assert found.patient == expected
+
 
 class TestAuthorization:
     @pytest.fixture(autouse=True)
@@ -416,6 +515,15 @@ class TestAuthorization:
         with pytest.raises(ConfigError, match="API_AUTHORIZATION is not set"):
             fetch(source(api, authorization_env="API_AUTHORIZATION"), inbox)
         assert api.asked == []
+
+    def test_a_value_that_is_no_header_is_told_and_not_shown(
+        self, api: Server, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for value in ("Bearer s3crét", "s3cret\nHost: x"):
+            monkeypatch.setenv("API_AUTHORIZATION", value)
+            with pytest.raises(ConfigError, match="API_AUTHORIZATION is not a header") as failure:
+                fetch(source(api, authorization_env="API_AUTHORIZATION"), inbox)
+            assert "s3cr" not in str(failure.value)
 
     @pytest.mark.parametrize(
         ("status", "message"),
@@ -459,7 +567,9 @@ def test_retry_after_of_any_form() -> None:
 
 def test_memory_does_not_grow_with_the_number_of_images(api: Server, home: Path) -> None:
     """40 images of 4 MiB take at most 50 MB more than 2."""
-    body = os.urandom(4 << 20)
+    target = io.BytesIO()
+    np.save(target, np.zeros((2 << 10, 2 << 10), np.uint8))
+    body = target.getvalue()
     api.image("/1", body, "application/x-npy")
     program = (
         "import resource, sys\n"

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom
 import pytest
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
@@ -88,8 +89,20 @@ def fetch(source: KafkaSource, inbox: Inbox) -> None:
     fetch_messages(source, inbox, DOMAIN, SETTINGS)
 
 
+def array(value: int) -> bytes:
+    """A message that is accepted."""
+    target = io.BytesIO()
+    np.save(target, np.full((2, 2), value, np.uint8))
+    return target.getvalue()
+
+
+def place(name: str) -> str:
+    """The name of a message without its time."""
+    return name.rpartition("-")[0]
+
+
 def stored(inbox: Inbox) -> dict[str, bytes]:
-    return {item.id: read_bytes(f"{inbox.uri}/{item.id}") for item in inbox.items() if isinstance(item, Item)}
+    return {place(item.id): read_bytes(f"{inbox.uri}/{item.id}") for item in inbox.items() if isinstance(item, Item)}
 
 
 def committed(brokers: str, group: str, topic: str, partition: int = 0) -> int:
@@ -117,17 +130,21 @@ class TestMessages:
         self, send: Callable[..., None], source: Callable[..., KafkaSource], inbox: Inbox, brokers: str, topic: str
     ) -> None:
         said = {"label": b"normal", "patient": b"MRN4711", "content_type": b"image/png", "other": b"ignored"}
-        send(b"first", b"second", headers=said)
-        send(b"third", partition=3)
+        send(array(1), array(2), headers=said)
+        send(array(3), partition=3)
         fetch(source(), inbox)
-        assert stored(inbox) == {f"{topic}/0-0": b"first", f"{topic}/0-1": b"second", f"{topic}/3-0": b"third"}
-        items = {item.id: item for item in inbox.items() if isinstance(item, Item)}
+        assert stored(inbox) == {f"{topic}/0-0": array(1), f"{topic}/0-1": array(2), f"{topic}/3-0": array(3)}
+        items = {place(item.id): item for item in inbox.items() if isinstance(item, Item)}
         first, third = items[f"{topic}/0-0"], items[f"{topic}/3-0"]
-        assert (first.label, first.patient, first.content_type) == ("normal", pseudonym("MRN4711", "patient"), "image/png")
-        assert (third.label, third.patient, third.content_type) == ("", "", None)
+        assert (first.label, first.patient, first.content_type) == (
+            "normal",
+            pseudonym("MRN4711", "patient"),
+            "application/x-npy",
+        )
+        assert (third.label, third.patient) == ("", "")
         assert [committed(brokers, topic, topic, partition) for partition in (0, 3)] == [2, 1]
 
-        send(b"later")
+        send(array(4))
         again = Inbox(inbox.uri)
         fetch(source(), again)
         assert set(stored(again)) - set(stored(inbox)) == {f"{topic}/0-2"}
@@ -149,12 +166,12 @@ class TestMessages:
     def test_bad_messages_are_refused_and_buried_with_the_reason(
         self, send: Callable[..., None], source: Callable[..., KafkaSource], inbox: Inbox, brokers: str, topic: str
     ) -> None:
-        send(None, b"", b"x" * 2_000_000, b"good")
+        send(None, b"", b"x" * 2_000_000, array(0))
         send(b"value", headers={"label": b"\xff"})
         send(b"no study", headers={"content_type": b"application/dicom", "from": b"a scanner"})
         fetch(source(dead_letter_topic=f"{topic}-dead", max_bytes=1_000_000), inbox)
         codes = ["empty", "empty", "too_large", None, "undecodable", "not_dicom"]
-        refused = {item.item: item.code for item in inbox.items() if isinstance(item, Refusal)}
+        refused = {place(item.item): item.code for item in inbox.items() if isinstance(item, Refusal)}
         assert refused == {f"{topic}/0-{offset}": code for offset, code in enumerate(codes) if code}
         assert list(stored(inbox)) == [f"{topic}/0-3"]
         assert committed(brokers, topic, topic) == 6
@@ -172,20 +189,20 @@ class TestMessages:
         assert (message.value(), message.key()) == (b"no study", b"a key")
         assert buried[2][1].value() is None
 
-        send(b"more")
+        send(array(1))
         fetch(source(dead_letter_topic=f"{topic}-dead", max_bytes=1_000_000), Inbox(inbox.uri))
         assert len(everything(brokers, f"{topic}-dead", 5)) == 5
 
     def test_a_topic_that_is_written_to_all_the_time_has_an_end(
         self, send: Callable[..., None], source: Callable[..., KafkaSource], inbox: Inbox, brokers: str, topic: str
     ) -> None:
-        send(*[b"old"] * 20)
+        send(*[array(0)] * 20)
         ended = threading.Event()
 
         def write_on() -> None:
             producer = Producer({"bootstrap.servers": brokers, "linger.ms": 0, "log_level": 0})
             while not ended.wait(0.02):
-                producer.produce(topic, b"new", partition=0)
+                producer.produce(topic, array(1), partition=0)
                 producer.poll(0)
             producer.purge()
 
@@ -204,12 +221,42 @@ class TestMessages:
         self, send: Callable[..., None], source: Callable[..., KafkaSource], inbox: Inbox, topic: str
     ) -> None:
         for partition in range(4):
-            send(*[b"x"] * 5, partition=partition)
+            send(*[array(0)] * 5, partition=partition)
         others = [Inbox(f"{inbox.uri}-{i}") for i in range(2)]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda other: fetch(source(), other), others))
         names = {name for other in others for name in stored(other)}
         assert names == {f"{topic}/{partition}-{offset}" for partition in range(4) for offset in range(5)}
+
+    def test_a_topic_that_was_made_anew_is_not_taken_for_the_old_one(
+        self, source: Callable[..., KafkaSource], inbox: Inbox, topic: str
+    ) -> None:
+        for value in (1, 2):
+            owner = Producer({"test.mock.num.brokers": 1, "log_level": 0})
+            [broker] = owner.list_topics(timeout=10).brokers.values()
+            owner.produce(topic, array(value), partition=0, timestamp=1_700_000_000_000 + value)
+            owner.flush(10)
+            again = Inbox(inbox.uri)
+            fetch(source(bootstrap_servers=f"{broker.host}:{broker.port}"), again)
+            del owner
+        items = [item.id for item in again.items() if isinstance(item, Item)]
+        assert sorted(read_bytes(f"{inbox.uri}/{name}") for name in items) == [array(1), array(2)]
+        assert {place(name) for name in items} == {f"{topic}/0-0"}
+        assert not any("1700000000" in name for name in items)
+
+    def test_an_empty_inbox_begins_at_the_start(
+        self, send: Callable[..., None], source: Callable[..., KafkaSource], inbox: Inbox, brokers: str, topic: str
+    ) -> None:
+        send(*map(array, range(4)))
+        fetch(source(), inbox)
+        other = f"{inbox.uri}-2"
+        with pytest.raises(Full):
+            fetch(source(batch=100), Filling(other))
+        assert committed(brokers, topic, topic) == 3
+        again = Inbox(other)
+        fetch(source(), again)
+        assert set(stored(again)) == {f"{topic}/0-{offset}" for offset in range(4)}
+        assert committed(brokers, topic, topic) == 4
 
 
 KILLED = """
@@ -234,7 +281,7 @@ class TestCrashes:
     def test_a_kill_between_storing_and_committing_loses_and_repeats_nothing(
         self, send: Callable[..., None], source: Callable[..., KafkaSource], inbox: Inbox, brokers: str, topic: str
     ) -> None:
-        send(*(str(i).encode() for i in range(10)))
+        send(*map(array, range(10)))
         given = source(batch=3)
         killed = subprocess.run([sys.executable, "-c", KILLED, given.model_dump_json(), inbox.uri], capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -243,20 +290,20 @@ class TestCrashes:
         assert len(again) == 5
         fetch(given, again)
         assert again.put_names == [f"{topic}/0-{offset}" for offset in range(5, 10)]
-        assert stored(Inbox(inbox.uri)) == {f"{topic}/0-{offset}": str(offset).encode() for offset in range(10)}
+        assert stored(Inbox(inbox.uri)) == {f"{topic}/0-{offset}": array(offset) for offset in range(10)}
         assert committed(brokers, topic, topic) == 10
 
     def test_a_message_that_was_half_stored_overwrites_itself(
         self, send: Callable[..., None], source: Callable[..., KafkaSource], inbox: Inbox, brokers: str, topic: str
     ) -> None:
-        send(*(str(i).encode() for i in range(6)))
+        send(*map(array, range(6)))
         with pytest.raises(Full):
             fetch(source(batch=100), Filling(inbox.uri))
         assert committed(brokers, topic, topic) == 3, "what is stored is committed, also on the way out"
         again = Counting(inbox.uri)
         fetch(source(), again)
         assert again.put_names == [f"{topic}/0-{offset}" for offset in range(3, 6)]
-        assert stored(again) == {f"{topic}/0-{offset}": str(offset).encode() for offset in range(6)}
+        assert stored(again) == {f"{topic}/0-{offset}": array(offset) for offset in range(6)}
 
 
 class Counting(Inbox):
@@ -268,7 +315,7 @@ class Counting(Inbox):
 
     def put(self, name: str, *given: Any, **more: Any) -> None:
         super().put(name, *given, **more)
-        self.put_names.append(name)
+        self.put_names.append(place(name))
 
 
 class Full(CvFactoryError):
@@ -296,7 +343,7 @@ class TestFailures:
     def test_brokers_that_go_away_are_told(self, source: Callable[..., KafkaSource], inbox: Inbox, topic: str) -> None:
         owner = Producer({"test.mock.num.brokers": 1, "log_level": 0})
         [broker] = owner.list_topics(timeout=10).brokers.values()
-        owner.produce(topic, b"x", partition=0)
+        owner.produce(topic, array(0), partition=0)
         owner.flush(10)
         stop = threading.Event()
 

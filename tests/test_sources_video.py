@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -56,7 +57,12 @@ def inbox(home: Path) -> Inbox:
 
 def frames(inbox: Inbox) -> dict[str, NDArray[np.uint8]]:
     found = [item.id for item in inbox.items() if isinstance(item, Item)]
-    return {name: np.asarray(Image.open(io.BytesIO(read_bytes(f"{inbox.uri}/{name}")))) for name in found}
+    return {plain(name): np.asarray(Image.open(io.BytesIO(read_bytes(f"{inbox.uri}/{name}")))) for name in found}
+
+
+def plain(name: str) -> str:
+    """The name of a frame without the version of its video."""
+    return re.sub(r"/[0-9a-f]{8}/", "/", name)
 
 
 def refused(inbox: Inbox) -> dict[str, str]:
@@ -72,7 +78,7 @@ class Counting(Inbox):
 
     def put(self, name: str, *given: Any, **more: Any) -> None:
         super().put(name, *given, **more)
-        self.put_names.append(name)
+        self.put_names.append(plain(name))
 
 
 class TestFiles:
@@ -105,7 +111,7 @@ class TestFiles:
         write_video(home / "videos" / "a.avi")
         write_video(home / "videos" / "site" / "a.avi")
         fetch_frames(source("videos"), inbox)
-        patients = {item.id.rpartition("/")[0]: item.patient for item in inbox.items() if isinstance(item, Item)}
+        patients = {plain(item.id).rpartition("/")[0]: item.patient for item in inbox.items() if isinstance(item, Item)}
         assert patients == {name: pseudonym(name, "video") for name in ("a.avi", "site/a.avi")}
         assert {item.content_type for item in inbox.items() if isinstance(item, Item)} == {"image/png"}
 
@@ -133,10 +139,23 @@ class TestFiles:
         with monkeypatch.context() as patched:
             patched.delattr(cv2, "VideoCapture")
             fetch_frames(source("scan.avi"), Inbox(inbox.uri))
-        write_video(home / "scan.avi", count=55)
-        again = Counting(inbox.uri)
-        fetch_frames(source("scan.avi"), again)
-        assert again.put_names == ["scan.avi/000004000.png", "scan.avi/000005000.png"]
+
+    def test_a_changed_video_gives_its_new_frames_only(self, home: Path, inbox: Inbox) -> None:
+        write_video(home / "videos" / "scan.avi")
+        write_video(home / "videos" / "scan.avi.more" / "scan.avi")
+        fetch_frames(source("videos"), inbox)
+        before = {item.id for item in inbox.items() if isinstance(item, Item)}
+        write_video(home / "videos" / "scan.avi", pictures=np.full((15, 48, 64, 3), 255, np.uint8))
+        fetch_frames(source("videos"), Inbox(inbox.uri))
+        found = frames(Inbox(inbox.uri))
+        assert {name: image.min() > 240 for name, image in found.items() if name.startswith("scan.avi/")} == {
+            "scan.avi/000000000.png": True,
+            "scan.avi/000001000.png": True,
+        }
+        after = {item.id for item in Inbox(inbox.uri).items() if isinstance(item, Item)}
+        assert {plain(name) for name in before & after} == {
+            f"scan.avi.more/scan.avi/{ms:09d}.png" for ms in range(0, 4000, 1000)
+        }
 
     def test_what_is_no_video_is_refused_among_others(self, home: Path, inbox: Inbox) -> None:
         write_video(home / "videos" / "good.avi")

@@ -80,8 +80,46 @@ def as_unit_range(array: NDArray[np.generic], color: Literal["grey", "rgb"] = "g
     return image if image.ndim == 2 else image @ LUMA
 
 
+def without_metadata(data: bytes) -> tuple[bytes, str]:
+    """The same picture (PNG, JPEG or TIFF) or ``.npy`` array with nothing but its pixels, and the content type: what
+    :func:`decode` makes of it stays the same.
+
+    Raises:
+        Rejected: ``unsupported``: it is neither; ``undecodable``, ``truncated``; ``too_large``: its pages together have more
+            than ``MAX_PIXELS``.
+    """
+    target = BytesIO()
+    if data.startswith(b"\x93NUMPY"):
+        array = _npy(data)
+        if array.dtype.kind not in "uf":
+            raise Rejected("undecodable", f"an array of {array.dtype.kind!r} given; allowed: uint8, uint16, floating point")
+        np.save(target, array)
+        return target.getvalue(), "application/x-npy"
+    if not data.startswith(SIGNATURES):
+        raise Rejected("unsupported", "is neither a study nor a PNG, JPEG or TIFF picture nor a .npy array")
+    from PIL import Image
+
+    pages, pixels = list[Image.Image](), 0
+    for _, values in _pages(data, every=True):
+        pages.append(Image.fromarray(values))
+        pixels += values.shape[0] * values.shape[1]
+        if pixels > MAX_PIXELS:
+            raise Rejected("too_large", f"has pages of more than {MAX_PIXELS} pixels together")
+    if len(pages) > 1 or pages[0].mode == "F":  # what PNG does not hold
+        pages[0].save(target, "TIFF", save_all=True, append_images=pages[1:], compression="tiff_deflate")
+        return target.getvalue(), "image/tiff"
+    pages[0].save(target, "PNG")
+    return target.getvalue(), "image/png"
+
+
 def _picture(data: bytes, decoding: Decoding) -> Iterator[Decoded]:
-    """PNG, JPEG or TIFF, as it is meant to be seen (EXIF orientation)."""
+    for index, values in _pages(data, every=decoding.frames == "all"):
+        yield Decoded(as_unit_range(values, decoding.color), frame=index)
+
+
+def _pages(data: bytes, *, every: bool) -> Iterator[tuple[int | None, NDArray[np.generic]]]:
+    """Pages of a PNG, JPEG or TIFF, or the middle one, as they are meant to be seen (EXIF orientation); index None of a single
+    one."""
     from PIL import Image, ImageOps
 
     try:
@@ -89,10 +127,9 @@ def _picture(data: bytes, decoding: Decoding) -> Iterator[Decoded]:
             if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             count = getattr(picture, "n_frames", 1)
-            for index in range(count) if decoding.frames == "all" else [count // 2]:
+            for index in range(count) if every else [count // 2]:
                 picture.seek(index)
-                shown = ImageOps.exif_transpose(picture)
-                yield Decoded(as_unit_range(_values(shown), decoding.color), frame=index if count > 1 else None)
+                yield (index if count > 1 else None), _values(ImageOps.exif_transpose(picture))
     except Rejected:
         raise
     except Image.DecompressionBombError:

@@ -34,6 +34,7 @@ def run(stage: Stage) -> IngestRecord:
         DataError: the source is unusable, too much of it was refused, or it cannot be split without leakage.
     """
     rows, refusals = _read(stage)
+    rows = splits.with_patients(rows)
     if missing := sum(not row.patient for row in rows if not row.split):
         log.warning("ingest: %d images say no patient; those are split by image, so a patient may be on two sides", missing)
     rows, copies = splits.drop_duplicates(rows)
@@ -66,10 +67,14 @@ def _read(stage: Stage) -> tuple[list[Row], list[Refusal]]:
     refusals: list[Refusal] = []
     source = stage.config.data.source
     share = source.reserve if isinstance(source, NpzSource) else 0.0
+    seen: set[str] = set()
     for result in _results(stage):
         if isinstance(result, Refusal):
             refusals.append(result)
+        elif result.id in seen:  # an archive may hold a name twice
+            refusals.append(Refusal(result.id, "duplicate_id", "has the name of an image before it"))
         else:
+            seen.add(result.id)
             rows.append(splits.reserve(result, share))
     return rows, refusals
 

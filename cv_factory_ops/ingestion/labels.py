@@ -42,7 +42,7 @@ class LabelTable:
 
     def of_file(self, name: str) -> Label | None:
         """The label of a file, or of the nearest folder (archive, video) above it that has one; ``.`` is above all."""
-        while name:
+        while name.strip("/"):
             if found := self.labels.get(name):
                 return found
             name = posixpath.dirname(name)
@@ -92,8 +92,10 @@ def read_labels(uri: str, allowed: list[str], domain: Domain) -> LabelTable:
         raise DataError(f"{uri}: column {' and '.join(lacking)} is missing; needed: {COLUMNS}")
     table: dict[str, Label] = {}
     for line, row in rows:
-        name, label, patient = (str(row.get(column) or "").strip() for column in (key, "label", "patient"))
-        name = posixpath.normpath(name) if key == "file" else name
+        name, label, patient = (_text(row.get(column), f"{uri}: line {line}: {column}") for column in (key, "label", "patient"))
+        if not name:
+            raise DataError(f"{uri}: line {line}: {key} is empty")
+        name = posixpath.normpath(name).lstrip("/") if key == "file" else name
         if label not in allowed:
             raise DataError(f"{uri}: line {line}: the label is none of those allowed: {', '.join(allowed)}")
         if name in table:
@@ -103,6 +105,12 @@ def read_labels(uri: str, allowed: list[str], domain: Domain) -> LabelTable:
         if key != "file":
             table.setdefault(domain.remapped(name), found)
     return LabelTable(key, table)
+
+
+def _text(cell: Any, place: str) -> str:
+    if isinstance(cell, dict | list | float | bool):
+        raise DataError(f"{place} is neither a text nor a whole number")
+    return "" if cell is None else str(cell).strip()
 
 
 def _rows(uri: str) -> tuple[set[str], list[tuple[int, Mapping[str, Any]]]]:

@@ -49,6 +49,7 @@ def read_all(
     # Not forked: this process may hold threads and connections that a copy of it must not touch.
     context = multiprocessing.get_context("spawn")
     arguments = (reader, settings, limits.max_memory, os.getpid())
+    others = set(multiprocessing.active_children())
     pool = ProcessPool(max_workers=count, initializer=_start, initargs=arguments, context=context)
 
     def schedule(batch: Batch) -> Pending:
@@ -64,6 +65,8 @@ def read_all(
             yield from _results(pending.popleft(), schedule, limits)
     finally:
         pool.stop()  # type: ignore[no-untyped-call]
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # one that is still starting would print a traceback about the end of the pool
         pool.join()
 
 

@@ -74,7 +74,8 @@ class Receiver:
             return OUT_OF_RESOURCES
         try:
             data = event.encoded_dataset()
-            intake = Intake(self._inbox, self._domain, self._settings, pacs.read_uid(data, "StudyInstanceUID"))
+            study = pacs.read_uid(data, "StudyInstanceUID")
+            intake = Intake(self._inbox, self._domain, self._settings, study, is_asked_for=False)
             uid = instance_uid(event)
             if intake.is_stored(uid):
                 return SUCCESS

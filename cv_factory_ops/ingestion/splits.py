@@ -36,6 +36,12 @@ def drop_duplicates(rows: Iterable[Row]) -> tuple[list[Row], list[Refusal]]:
     return kept, refused
 
 
+def with_patients(rows: Sequence[Row]) -> list[Row]:
+    """A study is one patient's: images that do not say whose they are take it from others of their study."""
+    patients = {row.study: row.patient for row in rows if row.study and row.patient}
+    return [row if row.patient else replace(row, patient=patients.get(row.study, "")) for row in rows]
+
+
 def reserve(row: Row, share: float) -> Row:
     """Set a training image aside as later traffic, chosen by its pixels so that copies go together."""
     return replace(row, split="reserve") if row.split == "train" and position(row.digest, "reserve") < share else row
@@ -56,7 +62,7 @@ def assign(rows: Sequence[Row], drawn: Mapping[str, str], locked: frozenset[str]
             " champion could not be compared; put them back, or delete locked_test.json of the project's storage to lock a"
             " new test set at the next promotion"
         )
-    held_out = {row.patient for row in rows if row.digest in locked and row.patient}
+    held_out = {group(row) for row in rows if row.digest in locked}
     return [replace(row, split=_split(row, drawn, locked, held_out)) for row in rows]
 
 
@@ -65,12 +71,13 @@ def _split(row: Row, drawn: Mapping[str, str], locked: frozenset[str], held_out:
         return "test"
     split = row.split or drawn[group(row)]
     came_later = bool(locked) or row.source == "capture"
-    return "recent" if row.patient in held_out or (split == "test" and came_later) else split
+    return "recent" if group(row) in held_out or (split == "test" and came_later) else split
 
 
 def group(row: Row) -> str:
-    """What stays together: the patient's images, or, where no patient is known, copies of the same pixels."""
-    return row.patient or row.digest
+    """What stays together: a patient's images; where none is known, those of a study or of a file; else the same pixels."""
+    file, _, frame = row.id.rpartition("#")
+    return row.patient or row.study or (file if frame.isdecimal() else row.digest)
 
 
 def draw(rows: Sequence[Row], config: SplitConfig, known: Mapping[str, str]) -> dict[str, str]:
@@ -101,6 +108,10 @@ def position(key: str, seed: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8]) / 2**64
 
 
+PLURAL = {"patient": "patients", "study": "studies", "image": "images"}
+"""What must not stand in two splits."""
+
+
 class Placed(Protocol):
     """What the check for leakage looks at."""
 
@@ -108,6 +119,8 @@ class Placed(Protocol):
     def id(self) -> str: ...
     @property
     def patient(self) -> str: ...
+    @property
+    def study(self) -> str: ...
     @property
     def digest(self) -> str: ...
     @property
@@ -125,16 +138,16 @@ def refuse_leakage(rows: Iterable[Placed]) -> None:
         if row.split == "reserve":
             continue
         side = "test" if row.split == "recent" else row.split
-        for kind, key in (("patient", row.patient), ("image", row.digest)):
+        for kind, key in (("patient", row.patient), ("study", row.study), ("image", row.digest)):
             if key:
                 sides.setdefault((kind, key), {}).setdefault(side, row.id)
-    for kind in ("patient", "image"):
+    for kind in PLURAL:
         leaks = [(key, found) for (k, key), found in sides.items() if k == kind and len(found) > 1]
         if leaks:
             shown = "; ".join(
-                f"{key if kind == 'patient' else ' = '.join(found.values())} ({', '.join(found)})" for key, found in leaks[:3]
+                f"{' = '.join(found.values()) if kind == 'image' else key} ({', '.join(found)})" for key, found in leaks[:3]
             )
-            raise DataError(f"{len(leaks)} {kind}s are in more than one split: {shown}")
+            raise DataError(f"{len(leaks)} {PLURAL[kind]} are in more than one split: {shown}")
 
 
 def require_classes(rows: Iterable[Row], labels: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cv_factory_ops import storage
 from cv_factory_ops.config import Decoding, ValidationConfig
 from cv_factory_ops.domain import Decoded, Domain, open_domain
-from cv_factory_ops.errors import CvFactoryError, Rejected
+from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
 from cv_factory_ops.ingestion.decode import as_unit_range, decode
 from cv_factory_ops.ingestion.manifest import PixelWriter, Refusal, Row, pixel_digest, to_uint16
 from cv_factory_ops.ingestion.sources.item import Item, Ref
@@ -48,8 +48,8 @@ class Validated:
         try:
             for image in frames(item, self._domain, self._settings.decoding):
                 results.append(self._row(item, image))
-        except CvFactoryError as error:
-            results.append(Refusal(item.id, error.code if isinstance(error, Rejected) else "unreadable", str(error)))
+        except Exception as error:
+            results.append(refusal(item, error))
         return results
 
     def _row(self, item: Item, image: Decoded) -> Row | Refusal:
@@ -98,6 +98,19 @@ def frames(item: Item, domain: Domain, decoding: Decoding) -> Iterator[Decoded]:
             return decode(content, item.content_type, domain, decoding)
 
 
+def refusal(item: Item, error: Exception) -> Refusal:
+    """Why an item cannot be used; what is not the item's fault (a store that does not answer, no memory) is raised again."""
+    match error:
+        case Rejected():
+            return Refusal(item.id, error.code, str(error))
+        case DataError():
+            return Refusal(item.id, "unreadable", str(error))
+        case CvFactoryError() | MemoryError():
+            raise error
+        case _:  # its own words may quote the item
+            return Refusal(item.id, "undecodable", f"cannot be read ({type(error).__name__})")
+
+
 def frame_id(item: Item, image: Decoded, decoding: Decoding) -> str:
     """The item's name; with the number of the frame, where each of several is an image of its own."""
     return item.id if image.frame is None or decoding.frames == "middle" else f"{item.id}#{image.frame:04d}"
@@ -110,10 +123,10 @@ def check(image: Decoded, patient: str, rules: ValidationConfig) -> None:
         Rejected: ``missing``, ``not_allowed``, ``geometry``, ``blank``; messages name fields, and values only of allowed ones.
     """
     known = {"patient": patient or image.patient, "study": image.study, "spacing": image.spacing, **image.metadata}
-    if missing := [name for name in rules.required if not known.get(name)]:
+    if missing := [name for name in rules.required if known.get(name) in (None, "")]:
         raise Rejected("missing", f"says no {', '.join(missing)}; required: {', '.join(rules.required)}")
     for name, allowed in rules.allowed.items():
-        if str(known.get(name) or "") not in allowed:
+        if str(known.get(name)) not in allowed:
             raise Rejected("not_allowed", f"{name} is none of those allowed: {', '.join(allowed)}")
     _check_geometry(image, rules)
     low, high = _extremes(image.image)

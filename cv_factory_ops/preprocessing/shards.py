@@ -194,6 +194,7 @@ def verify(folder: Path) -> None:
 class _Placed(NamedTuple):
     id: str
     patient: str
+    study: str
     digest: str
     split: str
 
@@ -211,9 +212,9 @@ def _placed(folder: Path, splits: Iterable[str]) -> Iterable[_Placed]:
     import pyarrow.parquet as pq
 
     for split in splits:
-        table = pq.read_table(folder / f"{split}.parquet", columns=["id", "patient", "digest"])
+        table = pq.read_table(folder / f"{split}.parquet", columns=["id", "patient", "study", "digest"])
         for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            yield _Placed(row[0], row[1], row[2], split)
+            yield _Placed(row[0], row[1], row[2], row[3], split)
 
 
 def _require_size(path: Path, file: File) -> None:

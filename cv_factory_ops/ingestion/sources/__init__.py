@@ -124,8 +124,10 @@ def fetch(source: Remote, inbox: Inbox, stage: Stage) -> None:
 
 
 def inbox_uri(config: ProjectConfig, source: Remote) -> str:
-    """Where a remote source's objects are kept."""
+    """Where a remote source's objects are kept; what was de-identified by other settings is not read."""
     settings = source.model_dump(mode="json", include=set(PLACE[source.kind]))
+    if not isinstance(source, VideoSource):  # frames are not de-identified, and those of a stream cannot be fetched again
+        settings["deidentification"] = config.deidentification.model_dump(mode="json")
     return f"{config.root}/inbox/{source.kind}-{storage.text_digest(json.dumps(settings, sort_keys=True))[:12]}"
 
 

@@ -7,7 +7,6 @@ retrieve of a study, knows no limit of size, and pages for ever where a server i
 from __future__ import annotations
 
 import json
-import os
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import httpx
 from cv_factory_ops.config import DicomWebSource
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.ingestion.sources import pacs
+from cv_factory_ops.ingestion.sources.downloads import authorization
 from cv_factory_ops.ingestion.sources.inbox import Inbox
 from cv_factory_ops.ingestion.sources.pacs import Instance, Intake
 
@@ -51,7 +51,7 @@ def fetch_studies(source: DicomWebSource, inbox: Inbox, domain: Domain, settings
     """
     pacs.check_query(source.query)
     idle = httpx.Limits(keepalive_expiry=KEPT_SECONDS)
-    with httpx.Client(timeout=source.timeout, headers=_authorization(source), limits=idle) as client:
+    with httpx.Client(timeout=source.timeout, headers=authorization(source), limits=idle) as client:
         asked = [*source.query, *(["Modality"] if source.modalities else [])]
         pacs.fetch(DicomWeb(source, client), inbox, domain, settings, asked)
 
@@ -67,16 +67,16 @@ class DicomWeb:
 
     def studies(self) -> Iterator[str]:
         for found in self._search("studies", STUDY, self._source.query):
-            yield _value(found, STUDY)
+            yield self._value(found, STUDY)
 
     def instances(self, study: str) -> Sequence[Instance]:
         listed: dict[str, Instance] = {}
         for modality in self._source.modalities or [""]:
             keys = {"Modality": modality} if modality else {}
             for found in self._search(f"studies/{study}/instances", INSTANCE, keys):
-                if not modality or _value(found, MODALITY) in {modality, ""}:
-                    uid = _value(found, INSTANCE)
-                    listed[uid] = Instance(uid, _value(found, SERIES), _value(found, SOP_CLASS))
+                if not modality or self._value(found, MODALITY) in {modality, ""}:
+                    uid = self._value(found, INSTANCE)
+                    listed[uid] = Instance(uid, self._value(found, SERIES), self._value(found, SOP_CLASS))
         return list(listed.values())
 
     def retrieve(self, intake: Intake, instances: Sequence[Instance]) -> None:
@@ -106,11 +106,22 @@ class DicomWeb:
         seen: set[str] = set()
         while True:
             page = self._page(path, {**query, "limit": str(PAGE), "offset": str(len(seen))})
-            new = {value: found for found in page if (value := _value(found, key)) and value not in seen}
+            new = {value: found for found in page if (value := self._value(found, key)) and value not in seen}
             if not new:
                 return
             seen |= new.keys()
             yield from new.values()
+
+    def _value(self, found: dict[str, Any], tag: str) -> str:
+        """First value of an attribute of a DICOM JSON object (PS3.18 F.2); empty where there is none."""
+        match found.get(tag, {}):
+            case {"Value": [str(value), *_]}:
+                return value
+            case {"Value": [] | [None, *_] | None}:
+                return ""
+            case {**attribute} if "Value" not in attribute:
+                return ""
+        raise DataError(f"{self.place}: lists an attribute {tag} that is no DICOM JSON")
 
     def _page(self, path: str, parameters: dict[str, str]) -> list[dict[str, Any]]:
         with self._answer(path, LISTED, parameters) as answer:
@@ -206,18 +217,3 @@ def _limited(chunks: Iterable[bytes], limit: int) -> bytes | None:
         if len(content) > limit:
             return None
     return bytes(content)
-
-
-def _authorization(source: DicomWebSource) -> dict[str, str]:
-    if not (name := source.authorization_env):
-        return {}
-    value = os.environ.get(name, "").strip()
-    if not value or not value.isascii() or not value.isprintable():
-        raise ConfigError(f"data.source.authorization_env: the variable {name} {'is not a header' if value else 'is not set'}")
-    return {"Authorization": value}
-
-
-def _value(found: dict[str, Any], tag: str) -> str:
-    """First value of an attribute of a DICOM JSON object (PS3.18 F.2); empty where there is none."""
-    values = found.get(tag, {}).get("Value") or [""]
-    return str(values[0])

@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 import httpx
 import tenacity
 
-from cv_factory_ops.config import HttpSource
+from cv_factory_ops.config import DicomWebSource, HttpSource
 from cv_factory_ops.errors import ConfigError, Rejected, Unavailable
 
 MAX_WAIT = 300.0
@@ -47,7 +47,7 @@ class Downloads:
         self.start = start
         self._client = client
         self._retries = source.retries
-        self._authorization = _authorization(source)
+        self._authorization = authorization(source)
 
     def is_api(self, url: httpx.URL) -> bool:
         """Whether this is the server of the first page: same scheme, host and port."""
@@ -107,12 +107,18 @@ def _body(answer: httpx.Response, limit: int) -> bytes:
     return bytes(body)
 
 
-def _authorization(source: HttpSource) -> dict[str, str]:
-    name = source.authorization_env
-    if not name:
+def authorization(source: DicomWebSource | HttpSource) -> dict[str, str]:
+    """The Authorization header, where one is asked for.
+
+    Raises:
+        ConfigError: its variable is not set, or holds what is no header.
+    """
+    if not (name := source.authorization_env):
         return {}
-    if not (value := os.environ.get(name, "").strip()):
-        raise ConfigError(f"data.source.authorization_env: {name} is not set; it holds the value of the Authorization header")
+    value = os.environ.get(name, "").strip()
+    if not value or not value.isascii() or not value.isprintable():
+        said = f"{name} is not {'a header' if value else 'set'}"
+        raise ConfigError(f"data.source.authorization_env: {said}; it holds the value of the Authorization header, in ASCII")
     return {"Authorization": value}
 
 

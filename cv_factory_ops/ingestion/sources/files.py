@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import lzma
 import posixpath
 import shutil
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -75,7 +77,7 @@ def _names(uri: str, domain: Domain, hidden: str) -> list[str]:
         if (listed := domain.listed(storage.read_bytes(uri))) is not None:
             return [f"../{name}" for name in listed]
         raise DataError(f"{uri}: is a file; allowed: a directory, a {INDEX}, or an archive ({', '.join(ARCHIVES)})")
-    return [name for name in storage.listing(uri) if f"{uri}/{name}" != hidden and not _is_no_image(name)]
+    return [name for name in storage.listing(uri) if storage.join(uri, name) != hidden and not _is_no_image(name)]
 
 
 def _is_no_image(name: str) -> bool:
@@ -87,16 +89,25 @@ def _unpacked(uri: str, name: str, stage: Stage) -> Iterator[Item | Refusal]:
     if not (name or uri).lower().endswith(ARCHIVES):
         relative = name.removeprefix("../")
         folder = posixpath.dirname(uri) if relative != name else uri
-        yield Item(relative, Ref(f"{folder}/{relative}"))
+        yield Item(relative, Ref(storage.join(folder, relative)))
         return
     prefix = f"{name}/" if name else ""
     try:
-        for member, size, file in _members(stage.local(f"{uri}/{name}" if name else uri)):
+        for member, size, file in _members(stage.local(storage.join(uri, name) if name else uri)):
             if size > MAX_MEMBER:
                 yield Refusal(prefix + member, "too_large", f"has {size} bytes; allowed in an archive are {MAX_MEMBER}")
             elif not _is_no_image(member):
                 yield Item(prefix + member, file.read(MAX_MEMBER))
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         yield Refusal(name or posixpath.basename(uri), "truncated", f"is not a whole, plain archive ({type(error).__name__})")
 
 
@@ -107,9 +118,9 @@ def _members(path: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
             for member in archive.infolist():
                 if not member.is_dir():
                     with archive.open(member) as file:
-                        yield member.filename, member.file_size, file
+                        yield member.filename.lstrip("/"), member.file_size, file
         return
     with tarfile.open(path, "r|*") as tar:
         for entry in tar:
             if entry.isfile() and (content := tar.extractfile(entry)):
-                yield posixpath.normpath(entry.name), entry.size, content
+                yield posixpath.normpath(entry.name).lstrip("/"), entry.size, content

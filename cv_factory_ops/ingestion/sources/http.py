@@ -17,7 +17,7 @@ from cv_factory_ops.domain import pseudonym
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.ingestion.sources.downloads import Downloads, Status, address
-from cv_factory_ops.ingestion.sources.inbox import Inbox
+from cv_factory_ops.ingestion.sources.inbox import PASSING, Inbox
 
 if TYPE_CHECKING:
     from cv_factory_ops.domain import DeidentificationConfig, Domain
@@ -43,15 +43,15 @@ def fetch_images(source: HttpSource, inbox: Inbox, domain: Domain, settings: Dei
                 inbox.refuse(f"{name}-{entry.place}", "duplicate_id", "has the id of an earlier item", for_now=True)
                 continue
             seen.add(name)
+            patient = pseudonym(entry.patient, "patient") if entry.patient else ""
             if name in inbox:
-                inbox.relabel(name, entry.label)
+                inbox.retell(name, entry.label, patient)
                 continue
             try:
                 content, content_type = api.image(entry)
-                patient = pseudonym(entry.patient, "patient") if entry.patient else ""
                 inbox.receive(name, content, domain, settings, label=entry.label, patient=patient, content_type=content_type)
             except Rejected as error:
-                inbox.refuse(name, error.code, str(error), for_now=isinstance(error, _NoImage))
+                inbox.refuse(name, error.code, str(error), for_now=isinstance(error, _NoImage) or error.code in PASSING)
     if not seen:
         raise DataError(f"{api.shown}: lists no items")
 

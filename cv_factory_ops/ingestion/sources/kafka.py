@@ -1,7 +1,8 @@
 """A Kafka topic as a source: each message is an image or a study.
 
-A message is named by its place in the topic. So one that comes again, after a crash between storing it and committing its
-offset, is found in the inbox: nothing is lost and nothing is there twice.
+A message is named by its place in the topic, and by its time, since a topic that is made anew counts from 0 again. So one that
+comes again, after a crash between storing it and committing its offset, is found in the inbox: nothing is lost and nothing is
+there twice.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ NOT_OURS = {KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, Kaf
 def fetch_messages(source: KafkaSource, inbox: Inbox, domain: Domain, settings: DeidentificationConfig) -> None:
     """Store what the topic holds for the consumer group, up to where it ends now; studies are de-identified.
 
+    An empty inbox begins at the start of the topic, whatever the group has committed for another one. What is refused stays
+    so: it has been committed and does not come again but from the dead-letter topic.
+
     Raises:
         ConfigError: there is no such topic, or no access to it.
         Unavailable: the brokers do not answer; what they have given is kept.
     """
-    with _Reading(source) as reading:
+    with _Reading(source, from_start=not len(inbox)) as reading:
         for message in with_progress(reading.messages(), None, "kafka", "message"):
-            name = "{}/{}-{}".format(source.topic, *_place(message))
+            name = _name(message, source.topic)
             if name not in inbox:
                 try:
                     _store(message, name, inbox, domain, settings, source.max_bytes)
@@ -45,6 +49,12 @@ def fetch_messages(source: KafkaSource, inbox: Inbox, domain: Domain, settings: 
                     reading.bury(message, error)  # first: what the inbox has is not looked at again
                     inbox.refuse(name, error.code, str(error))
             reading.stored(message)
+
+
+def _name(message: Message, topic: str) -> str:
+    """Its time as a pseudonym: it may be that of an examination."""
+    partition, offset = _place(message)
+    return f"{topic}/{partition}-{offset}-{pseudonym(str(message.timestamp()[1]), 'message')[:8]}"
 
 
 def _store(message: Message, name: str, inbox: Inbox, domain: Domain, settings: DeidentificationConfig, max_bytes: int) -> None:
@@ -87,8 +97,9 @@ def _place(message: Message) -> tuple[int, int]:
 class _Reading:
     """A member of the consumer group: what of its partitions is left to read, and what is stored but not yet committed."""
 
-    def __init__(self, source: KafkaSource) -> None:
+    def __init__(self, source: KafkaSource, *, from_start: bool) -> None:
         self._source = source
+        self._from_start = from_start
         self._ends: dict[int, int] | None = None
         """Partitions that are not read to the end, and the offset behind the last message they had; None before we have any."""
         self._stored: dict[int, int] = {}
@@ -174,9 +185,12 @@ class _Reading:
                 raise explained(error.args[0], self._source) from None
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._ends = {
-            place.partition: consumer.get_watermark_offsets(place, timeout=self._source.timeout)[1] for place in partitions
-        }
+        marks = {place.partition: consumer.get_watermark_offsets(place, timeout=self._source.timeout) for place in partitions}
+        self._ends = {partition: end for partition, (_, end) in marks.items()}
+        if self._from_start:  # committed before anything is stored: after a crash the inbox is not empty any more
+            self._stored = {partition: start for partition, (start, _) in marks.items()}
+            consumer.assign([TopicPartition(self._source.topic, *place) for place in self._stored.items()])
+            self._commit()
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Another member joins or leaves, or this one closes."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from cv_factory_ops import storage
 from cv_factory_ops.errors import ConfigError, DataError, Rejected, Unavailable
 from cv_factory_ops.ingestion.progress import with_progress
-from cv_factory_ops.ingestion.sources.inbox import Inbox
+from cv_factory_ops.ingestion.sources.inbox import PASSING, Inbox
 
 if TYPE_CHECKING:
     from cv_factory_ops.domain import DeidentificationConfig, Domain
@@ -41,6 +41,8 @@ class Intake:
     settings: DeidentificationConfig
     study: str
     """Study Instance UID as the PACS has it; the inbox only sees its pseudonym."""
+    is_asked_for: bool = True
+    """Whether another fetch can ask for a refused object again; what was sent unasked stays on the list of refusals."""
 
     def __contains__(self, uid: str) -> bool:
         return self._name(uid) in self.inbox
@@ -56,11 +58,11 @@ class Intake:
 
     def is_stored(self, uid: str) -> bool:
         """Whether the object itself is there."""
-        return uid in self and storage.exists(f"{self.inbox.uri}/{self._name(uid)}")
+        return uid in self and storage.exists(storage.join(self.inbox.uri, self._name(uid)))
 
     def refuse(self, uid: str, code: str, reason: str) -> None:
-        """Remember that the object cannot be used."""
-        self.inbox.refuse(self._name(uid), code, reason)
+        """Remember that the object cannot be used; what may pass another time, for now only."""
+        self.inbox.refuse(self._name(uid), code, reason, for_now=self.is_asked_for and code in PASSING)
 
     def _name(self, uid: str) -> str:
         return f"{self.domain.remapped(self.study)}/{self.domain.remapped(uid)}.dcm"

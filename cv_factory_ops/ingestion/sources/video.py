@@ -35,9 +35,10 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 
 
 def fetch_frames(source: VideoSource, inbox: Inbox) -> None:
-    """Store a frame every ``every_seconds``: ``<file>/<milliseconds>.png`` of a file, ``stream/<UTC time>.png`` of a stream.
+    """Store a frame every ``every_seconds``: ``<file>/<version>/<ms>.png`` of a file, ``stream/<UTC time>.png`` of a stream.
 
-    All frames of a video are of one patient. A video that was read to its end is not opened again unless it has changed.
+    All frames of a video are of one patient. A video that was read to its end is not opened again unless it has changed; then
+    the frames of what it was before are removed.
 
     Raises:
         ConfigError: a variable of the stream's address is not set.
@@ -52,30 +53,38 @@ def fetch_frames(source: VideoSource, inbox: Inbox) -> None:
     if not videos:
         raise DataError(f"{uri}: holds no videos; looked for {', '.join(VIDEOS)}")
     for file, name, version in videos:
-        mark = f"{inbox.uri}/{name}.finished"
-        if storage.exists(mark) and storage.read_bytes(mark).decode() == version:
+        folder = f"{name}/{storage.text_digest(version)[:8]}"
+        mark = storage.join(inbox.uri, f"{folder}/finished")
+        if storage.exists(mark):
             continue
+        _forget_others(name, folder, inbox)
         try:
             with tempfile.TemporaryDirectory() as below:
-                _sample(storage.local(file, Path(below)), name, source.every_seconds * 1000, inbox)
+                _sample(storage.local(file, Path(below)), folder, pseudonym(name, "video"), source.every_seconds * 1000, inbox)
         except Rejected as error:
             if len(videos) == 1:
                 raise DataError(f"{file}: {error}") from None
             inbox.refuse(name, error.code, str(error), for_now=True)
         else:
-            storage.write_bytes(mark, version.encode())
+            storage.write_bytes(mark, b"")
+
+
+def _forget_others(name: str, folder: str, inbox: Inbox) -> None:
+    """Remove what the inbox has of other versions of a video."""
+    for other in inbox.folders(name) - {folder}:
+        inbox.forget(other)
 
 
 def _videos(uri: str) -> Iterator[tuple[str, str, str]]:
     """URI, name and mark of change of a video file, or of those below a directory or prefix."""
     for below, version in storage.versions(uri):
-        file = uri if below in {"", "."} else f"{uri}/{below}"
+        file = uri if below in {"", "."} else storage.join(uri, below)
         name = posixpath.basename(uri) if file == uri else below
         if name.lower().endswith(VIDEOS) and not posixpath.basename(name).startswith("."):
             yield file, name, version
 
 
-def _sample(path: Path, name: str, every: float, inbox: Inbox) -> None:
+def _sample(path: Path, folder: str, patient: str, every: float, inbox: Inbox) -> None:
     """The first frame at or after each multiple of ``every`` milliseconds.
 
     Raises:
@@ -83,13 +92,13 @@ def _sample(path: Path, name: str, every: float, inbox: Inbox) -> None:
     """
     import cv2
 
-    patient, taken, due = pseudonym(name, "video"), 0, 0.0
+    taken, due = 0, 0.0
     with _opened(str(path)) as capture:
         frames = round(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         for at in with_progress(_times(capture), frames if frames > 0 else None, "video", "frame"):
             if at + 0.5 < due:  # times are rounded to the file's time base
                 continue
-            frame = f"{name}/{round(at):09d}.png"
+            frame = f"{folder}/{round(at):09d}.png"
             if frame in inbox or _put(capture, frame, patient, inbox):
                 taken, due = taken + 1, ((at + 0.5) // every + 1) * every
     if not taken:
