@@ -40,7 +40,7 @@ class Result(Frozen):
 
 
 class IngestRecord(Record):
-    """``manifest.parquet`` has a row an accepted image; ``images-*.parquet`` hold the pixels; ``quarantine.jsonl`` the rest."""
+    """``manifest.parquet`` has a row an accepted image; ``pixels-*.bin`` hold the pixels; ``quarantine.jsonl`` the rest."""
 
     stage = "ingest"
     accepted: int

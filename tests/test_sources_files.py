@@ -352,7 +352,7 @@ class TestValidation:
 
     def test_another_window_is_another_ingestion(self, plain: Any, project: Project, home: Path) -> None:
         before = manifest(home)["digest"]
-        ingest(project(data=files(), decoding={"window": {"kind": "fixed", "center": 500, "width": 100}}))
+        ingest(project(data=files(), decoding={"window": {"kind": "fixed", "center": 2000, "width": 8000}}))
         assert not manifest(home)["digest"].equals(before)
 
     def test_spacing_is_kept_in_mm(self, plain: Any, home: Path) -> None:

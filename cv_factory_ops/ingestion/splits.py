@@ -77,7 +77,8 @@ def _split(row: Row, drawn: Mapping[str, str], locked: frozenset[str], held_out:
 def group(row: Row) -> str:
     """What stays together: a patient's images; where none is known, those of a study or of a file; else the same pixels."""
     file, _, frame = row.id.rpartition("#")
-    return row.patient or row.study or (file if frame.isdecimal() else row.digest)
+    is_frame = file and len(frame) >= 4 and frame.isdecimal()
+    return row.patient or row.study or (file if is_frame else row.digest)
 
 
 def draw(rows: Sequence[Row], config: SplitConfig, known: Mapping[str, str]) -> dict[str, str]:
