@@ -72,7 +72,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
         "from tests.test_readers import LIMITS, Reader\n"
         "from cv_factory_ops.ingestion.readers import read_all\n"
         "from cv_factory_ops.ingestion.sources.item import Item\n"
-        "items = (Item(str(i), b'' if i < 9 else b'spin') for i in range(99))\n"
+        "items = (Item(str(i), b'' if i < 64 else b'spin') for i in range(999))\n"
         "for result in read_all(items, Reader, 'read', LIMITS.model_copy(update={'max_seconds': 600.0}), 2):\n"
         "    print(result, flush=True)\n"
     )
