@@ -9,7 +9,8 @@ import pytest
 from pydicom import dcmread
 from sklearn.metrics import roc_auc_score
 
-from cv_factory_ops.config import PreprocessingConfig
+from cv_factory_ops.config import Decoding, PreprocessingConfig
+from cv_factory_ops.domain import Decoded
 from cv_factory_ops.preprocessing.pipeline import prepare
 from cv_factory_ops.preprocessing.statistics import image_statistics
 from domain_medical import DOMAIN
@@ -21,6 +22,10 @@ LABELS = ["normal", "opacity"]
 def table(folder: Path) -> list[dict[str, str]]:
     with (folder / "labels.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def decode(data: bytes) -> Decoded:
+    return next(DOMAIN.decode(data, Decoding()))
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -37,7 +42,7 @@ def test_files_labels_and_patients(tmp_path: Path) -> None:
     assert sorted(row["file"] for row in rows) == sorted(f.name for f in tmp_path.glob("*.dcm"))
     patients: dict[str, list[str]] = {}
     for row in rows:
-        patients.setdefault(DOMAIN.decode((tmp_path / row["file"]).read_bytes()).patient, []).append(row["label"])
+        patients.setdefault(decode((tmp_path / row["file"]).read_bytes()).patient, []).append(row["label"])
     assert len(patients) == 30
     assert {len(labels) for labels in patients.values()} == {1, 2}
     assert all(len(set(labels)) == 1 for labels in patients.values())
@@ -45,15 +50,13 @@ def test_files_labels_and_patients(tmp_path: Path) -> None:
 
 
 def test_every_seed_has_patients_of_its_own() -> None:
-    one, other = (
-        {DOMAIN.decode(data).patient for data, _ in studies(8, image_size=32, seed=seed, labels=LABELS)} for seed in (1, 2)
-    )
+    one, other = ({decode(data).patient for data, _ in studies(8, image_size=32, seed=seed, labels=LABELS)} for seed in (1, 2))
     assert len(one) == len(other) == 8
     assert not one & other
 
 
 def test_two_scanners_and_several_depths() -> None:
-    decoded = [DOMAIN.decode(data).metadata for data, _ in studies(60, image_size=32, seed=3, labels=LABELS)]
+    decoded = [decode(data).metadata for data, _ in studies(60, image_size=32, seed=3, labels=LABELS)]
     assert {m["photometric"] for m in decoded} == {"MONOCHROME1", "MONOCHROME2"}
     assert {m["model_name"] for m in decoded} == {scanner.model_name for scanner in SCANNERS}
     assert {m["bits_stored"] for m in decoded} == {8.0, 10.0, 12.0, 16.0}
@@ -76,7 +79,7 @@ def test_type_1_attributes_are_there(scanner: object) -> None:
 
 def test_scanners_show_the_same_tissue_alike() -> None:
     means = [
-        np.mean([DOMAIN.decode(d).image.mean() for d, _ in studies(20, image_size=32, seed=4, labels=LABELS, scanners=(s,))])
+        np.mean([decode(d).image.mean() for d, _ in studies(20, image_size=32, seed=4, labels=LABELS, scanners=(s,))])
         for s in (*SCANNERS, SHIFTED_SCANNER)
     ]
     assert abs(means[0] - means[1]) < 0.06
@@ -87,7 +90,7 @@ def test_brightness_does_not_tell_the_label() -> None:
     labels, brightness = [], []
     for data, label in studies(200, image_size=64, seed=6, labels=LABELS):
         labels.append(label == "opacity")
-        brightness.append(DOMAIN.decode(data).image.mean())
+        brightness.append(decode(data).image.mean())
     auc = roc_auc_score(labels, brightness)
     assert max(auc, 1 - auc) < 0.8
 
@@ -104,7 +107,7 @@ def test_an_opacity_is_a_bright_spot_in_a_lung_and_nothing_else(number: int) -> 
 def test_the_shifted_scanner_differs_in_noise_and_sharpness() -> None:
     def noise(*scanners: object) -> list[float]:
         made = studies(10, image_size=64, seed=8, labels=LABELS, scanners=scanners)  # type: ignore[arg-type]
-        return [image_statistics(prepare(DOMAIN.decode(d).image, PreprocessingConfig()))["noise"] for d, _ in made]
+        return [image_statistics(prepare(decode(d).image, PreprocessingConfig()))["noise"] for d, _ in made]
 
     assert min(noise(SHIFTED_SCANNER)) > max(noise(*SCANNERS))
 
