@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import Decoding, Embedding, Model, ModelEmbedding, PreprocessingConfig
+from cv_factory_ops.config import AnyModel, Decoding, Embedding, ModelEmbedding, PreprocessingConfig
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.records import Frozen
+from cv_factory_ops.weights import write_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,7 @@ class BundleManifest(Frozen):
     project: str
     domain: str
     labels: list[str]
-    model: Model
+    model: AnyModel
     decoding: Decoding = Decoding()
     preprocessing: PreprocessingConfig
     embedding: Embedding = ModelEmbedding()
@@ -52,6 +53,10 @@ class BundleManifest(Frozen):
     std: float
     threshold: float
     """Score of the positive class from which the answer is positive (two classes); chosen on validation."""
+    temperature: float = 1.0
+    """What the network's outputs are divided by; fitted on validation."""
+    abstention: float = 0.0
+    """Confidence (:func:`cv_factory_ops.metrics.confidence`) below which an answer is marked as abstained; 0 marks none."""
     features: dict[str, Kind]
     """Columns of the reference, and of the ``features`` of each answer."""
     data_digest: str
@@ -115,10 +120,9 @@ class Bundle:
     ) -> Bundle:
         """Write a new bundle directory; ``embedder`` where the embedding is not the network's own."""
         from safetensors.numpy import save_file as save_arrays
-        from safetensors.torch import save_file
 
         path.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path / "model.safetensors")
+        write_weights(path / "model.safetensors", network.state_dict())
         if embedder:
             save_arrays(dict(embedder.state), path / "embedder.safetensors")
         np.savez(path / "pca.npz", mean=pca.mean, components=pca.components)
@@ -139,7 +143,9 @@ class Bundle:
         from cv_factory_ops.models import build
 
         manifest = self.manifest
-        network = build(manifest.model, len(manifest.labels), manifest.mean, manifest.std, manifest.channels)
+        network = build(
+            manifest.model, len(manifest.labels), manifest.mean, manifest.std, manifest.channels, manifest.preprocessing.size
+        )
         network.load_state_dict(load_file(self.path / "model.safetensors"))
         return network.eval()
 

@@ -23,7 +23,7 @@ import cv_factory_ops
 from cv_factory_ops.errors import CvFactoryError, Interrupted, unexpected
 
 GRACE_SECONDS = 1.5
-"""Time in which a stage that gets SIGTERM tidies up."""
+"""Time in which a stage that gets SIGTERM tidies up, unless it asks for more."""
 INTERRUPTED = "interrupted; a retry goes on from what is stored"
 
 
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
+    from cv_factory_ops.config import EXPLANATIONS
     from cv_factory_ops.stage import STAGES
 
     root = argparse.ArgumentParser(prog="cvf", description="Train, deploy, watch and retrain computer-vision models.")
@@ -70,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
     receive.add_argument("--host", default="0.0.0.0")  # noqa: S104 - it waits for senders of its network
     receive.add_argument("--port", type=int, default=11112)
     receive.add_argument("--ae-title", default="CV_FACTORY", metavar="TITLE", help="the AE title that senders must call")
+    explain = _add(commands, "explain", "draw what a bundle's answer for an image rests on", _explain)
+    explain.add_argument("image", type=Path, metavar="IMAGE", help="a de-identified study, a PNG, JPEG or TIFF, or .npy")
+    explain.add_argument("--bundle", required=True, type=Path, metavar="DIR", help="bundle directory")
+    explain.add_argument("--method", choices=EXPLANATIONS, default="grad_cam")
+    explain.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help=".png; or .dcm, of a DICOM study: a secondary capture beside it"
+    )
     serve = _add(commands, "serve", "serve a bundle: /ping and /invocations (SageMaker's container contract)", _serve)
     serve.add_argument("--model", default=os.environ.get("SM_MODEL_DIR", "/opt/ml/model"), help="bundle directory")
     serve.add_argument("--host", default="0.0.0.0")  # noqa: S104 - a container serves its network
@@ -110,7 +118,7 @@ def _stage(options: argparse.Namespace) -> int:
     from cv_factory_ops.config import as_uri, load
     from cv_factory_ops.stage import STAGES, assist_stage, node_rank, run_stage
 
-    with _ended_by_sigterm(options.name):
+    with _ended_by_sigterm(options.name, STAGES[options.name].grace_seconds or GRACE_SECONDS):
         config, run = load(options.config, options.set), as_uri(options.run)
         if STAGES[options.name].assist and node_rank() > 0:
             assist_stage(options.name, config, run, force=options.force)
@@ -123,9 +131,9 @@ def _stage(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from cv_factory_ops.config import as_uri, load
-    from cv_factory_ops.stage import TRAINING, run_stage
+    from cv_factory_ops.stage import STAGES, TRAINING, run_stage
 
-    with _ended_by_sigterm(options.name):
+    with _ended_by_sigterm(options.name, max(STAGES[name].grace_seconds for name in TRAINING)):
         config = load(options.config, options.set)
         for name in TRAINING:
             run_stage(name, config, as_uri(options.run), force=options.force)
@@ -133,7 +141,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _ended_by_sigterm(name: str) -> Iterator[None]:
+def _ended_by_sigterm(name: str, grace: float = GRACE_SECONDS) -> Iterator[None]:
     """Make SIGTERM end a stage within seconds: as process 1 of a container it would not even notice it.
 
     The handler raises in the main thread, which tidies up on its way out. Where a call into C keeps it from running, a thread
@@ -143,7 +151,7 @@ def _ended_by_sigterm(name: str) -> Iterator[None]:
     os.set_blocking(writer, False)
     watched = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     handler = signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_end_for_certain, args=(name, reader), daemon=True).start()
+    threading.Thread(target=_end_for_certain, args=(name, grace, reader), daemon=True).start()
     try:
         yield
     finally:
@@ -157,12 +165,12 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(INTERRUPTED)
 
 
-def _end_for_certain(name: str, signals: int) -> None:
+def _end_for_certain(name: str, grace: float, signals: int) -> None:
     """Wait for SIGTERM, or for the end of the stage, which closes the other side of the pipe."""
     with open(signals, "rb", buffering=0) as received:
         while number := received.read(1):
             if number == bytes([signal.SIGTERM]):
-                time.sleep(GRACE_SECONDS)
+                time.sleep(grace)
                 _end_interrupted(name, Interrupted(INTERRUPTED))
 
 
@@ -193,6 +201,14 @@ def _receive(options: argparse.Namespace) -> int:
     from cv_factory_ops.ingestion.receiver import receive
 
     receive(load(options.config, options.set), options.host, options.port, options.ae_title)
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import EXPLANATIONS
+    from cv_factory_ops.explainer import explain_file
+
+    print(explain_file(options.bundle, options.image, EXPLANATIONS[options.method], options.out))
     return 0
 
 

@@ -7,15 +7,19 @@ directory).
 
 from __future__ import annotations
 
+import copy
 import difflib
+import itertools
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.records import Frozen
@@ -303,6 +307,8 @@ class DataConfig(Frozen):
     """One of ``phantoms``, ``files``, ``npz``, ``dicomweb``, ``dimse``, ``received``, ``http``, ``kafka``, ``video``."""
     include_captures: bool = False
     """Add captured requests whose labels have arrived (the retraining DAG sets this)."""
+    unlabelled: Literal["refuse", "keep"] = "refuse"
+    """Images without a label, also captured ones: ``keep`` makes them the split ``unlabelled``, for ``fixmatch``."""
     validation: ValidationConfig = ValidationConfig()
     max_quarantined: Share = 0.2
     """Share of refused items above which ingestion fails instead of going on without them."""
@@ -428,7 +434,18 @@ class PreprocessingConfig(Frozen):
     """In their order: ``color``, ``normalise``, ``clip``, ``equalise``, ``spacing``, ``resize``, ``crop``, ``pad``."""
 
 
-class SmallCnn(Frozen):
+class _Network(Frozen):
+    weights: str | None = None
+    """Begin with these instead of random ones: a safetensors file by path, ``file://``, ``s3://``, or
+    ``hf://owner/repository/file``, which alone needs a network; see docs/training.md."""
+
+    @property
+    def least_size(self) -> int:
+        """Smallest ``preprocessing.size`` that leaves the last layers a pixel."""
+        return 8
+
+
+class SmallCnn(_Network):
     """Three convolution blocks: trains in seconds on a laptop."""
 
     kind: Literal["small_cnn"] = "small_cnn"
@@ -437,7 +454,7 @@ class SmallCnn(Frozen):
     dropout: Share = 0.1
 
 
-class ResNet(Frozen):
+class ResNet(_Network):
     """ResNet of MONAI (He et al. 2016), with a 3 x 3 stem and no max-pooling for small inputs."""
 
     kind: Literal["resnet"] = "resnet"
@@ -446,7 +463,74 @@ class ResNet(Frozen):
     """Keep the resolution in the stem: for inputs below about 64 pixels."""
 
 
-Model = Annotated[SmallCnn | ResNet, Field(discriminator="kind")]
+class DenseNet(_Network):
+    """DenseNet of MONAI (Huang et al. 2017)."""
+
+    kind: Literal["densenet"] = "densenet"
+    depth: Literal[121, 169, 201] = 121
+
+    @property
+    def least_size(self) -> int:
+        return 32
+
+
+class EfficientNet(_Network):
+    """EfficientNet of MONAI (Tan & Le 2019), with the dropout and the stochastic depth of its variant."""
+
+    kind: Literal["efficientnet"] = "efficientnet"
+    variant: Literal["b0", "b1", "b2", "b3", "b4"] = "b0"
+
+    @property
+    def least_size(self) -> int:
+        return 32
+
+
+class _Vit(Frozen):
+    patch: int = Field(default=16, ge=2)
+    """Rows and columns of a patch; ``preprocessing.size`` is a multiple of it."""
+    width: int = Field(default=192, ge=8)
+    """Features of a token, and of the embedding. A multiple of ``heads``, and of 4."""
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=3, ge=1)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError("a width that is a multiple of heads, and of 4")
+        return self
+
+
+class Vit(_Vit, _Network):
+    """Vision transformer of MONAI (Dosovitskiy et al. 2021), which answers from its class token. As it stands, ViT-Ti/16."""
+
+    kind: Literal["vit"] = "vit"
+    layers: int = Field(default=12, ge=1)
+    dropout: Share = 0.1
+
+
+Model = Annotated[SmallCnn | ResNet | DenseNet | EfficientNet | Vit, Field(discriminator="kind")]
+
+
+class Member(Frozen):
+    """One of the networks of an ensemble."""
+
+    model: Model
+    temperature: float = Field(default=1.0, gt=0)
+    """What its outputs are divided by; fitted on validation, so that members are as sure as they may be."""
+    weight: float = Field(gt=0, le=1)
+    """Of its probabilities; those of all members sum up to 1."""
+
+
+class EnsembleModel(Frozen):
+    """Several networks that answer as one: what a search may find, and a bundle hold. It cannot be trained as a whole."""
+
+    kind: Literal["ensemble"] = "ensemble"
+    members: list[Member] = Field(min_length=2)
+    """The weightiest first."""
+
+
+AnyModel = Annotated[Model | EnsembleModel, Field(discriminator="kind")]
+"""What a bundle holds."""
 
 
 class AugmentConfig(Frozen):
@@ -462,6 +546,8 @@ class AugmentConfig(Frozen):
     """Largest standard deviation of added Gaussian noise."""
     rotate: float = Field(default=0.0, ge=0, le=180)
     """Largest rotation, in degrees."""
+    zoom: float = Field(default=0.0, ge=0, le=4)
+    """Largest magnification beyond 1: with 0.5 the middle two thirds may fill the image."""
     mixup: float = Field(default=0.0, ge=0)
     """Images and labels are mixed with weights from Beta(mixup, mixup) (Zhang et al. 2018); 0 turns it off."""
     cutmix: float = Field(default=0.0, ge=0)
@@ -469,24 +555,92 @@ class AugmentConfig(Frozen):
     0 turns it off. With ``mixup`` as well, each batch gets one of both by chance."""
 
 
-class TrainingConfig(Frozen):
-    """The supervised loop."""
+class SupervisedConfig(Frozen):
+    """Cross entropy with the labels, from the first weight to the last."""
 
+    kind: Literal["supervised"] = "supervised"
+
+
+class FineTuning(Frozen):
+    """As supervised, from weights that were learned elsewhere (``model.weights``), stage by stage of the network."""
+
+    kind: Literal["fine_tuning"] = "fine_tuning"
+    frozen: int = Field(default=0, ge=0)
+    """First stages of the network whose weights and batch-norm statistics stay as they are."""
+    probe: bool = False
+    """Only the head learns: all stages are frozen."""
+    decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of each stage, as a share of that of the stage after it (Howard & Ruder 2018); 1 is the same for all."""
+
+
+class ContrastiveConfig(Frozen):
+    """Views of an image lie close together in the embedding; the head learns from the labels without changing it.
+
+    ``augment`` says how views differ: stronger changes than those of supervised training are usual."""
+
+    kind: Literal["contrastive"] = "contrastive"
+    method: Literal["simclr", "supcon"] = "simclr"
+    """``simclr``: two views of each image (Chen et al. 2020). ``supcon``: all images of a label (Khosla et al. 2020)."""
+    temperature: float = Field(default=0.2, gt=0)
+    projection: int = Field(default=128, ge=2)
+    """Features that views are compared in."""
+
+
+class FixMatchConfig(Frozen):
+    """Semi-supervised: unlabelled images (``data.unlabelled: keep``) are learned from where the network is sure of its answer
+    (Sohn et al. 2020)."""
+
+    kind: Literal["fixmatch"] = "fixmatch"
+    confidence: Share = 0.95
+    """Least probability of an answer that is taken for a label."""
+    ratio: int = Field(default=3, ge=1)
+    """Unlabelled images for each labelled one in a batch."""
+    weight: float = Field(default=1.0, ge=0)
+    """Of the unlabelled images in the loss."""
+    strong: AugmentConfig = AugmentConfig(shift=0.125, intensity=0.5, noise=0.1, rotate=20, zoom=0.3)
+    """Changes under which the answer must hold; ``training.augment`` are the mild ones that it is given for."""
+
+
+Objective = Annotated[SupervisedConfig | FineTuning | ContrastiveConfig | FixMatchConfig, Field(discriminator="kind")]
+
+
+class TrainingConfig(Frozen):
+    """The loop, the same for every objective."""
+
+    objective: Objective = SupervisedConfig()
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
-    """Images a process takes in one step."""
+    """Images a process takes at a time."""
+    accumulate: int = Field(default=1, ge=1)
+    """Such batches whose gradients are added up before the weights change."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak of the one-cycle schedule (Smith & Topin 2018)."""
+    """Peak of the schedule."""
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    """``one_cycle``: up from 1/25, then down to almost nothing (Smith & Topin 2019). ``cosine``: up from nothing, then down
+    to nothing (Loshchilov & Hutter 2017). ``constant``: up from nothing, then unchanged."""
+    warmup: Share = 0.3
+    """Share of the training in which the learning rate rises."""
     weight_decay: float = Field(default=1e-4, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest L2 norm of the gradient."""
     class_weights: bool = False
     """Weight the loss by inverse class frequency."""
+    weighted_sampling: bool = False
+    """Draw images with replacement, each label as often as every other."""
     label_smoothing: Share = 0.0
     ema: Share = 0.0
     """Decay of the moving average of the weights that is validated and kept; 0 turns it off."""
     patience: int = Field(default=0, ge=0)
     """Epochs without a better validation AUC before training stops; 0 never stops early."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the forward pass: ``auto`` takes ``bfloat16``, else ``float16``, on GPUs that are made for it, and ``float32``
+    elsewhere."""
+    deterministic: bool = False
+    """On GPUs, only take algorithms that repeat themselves exactly; on CPUs training always does."""
+    checkpoint_minutes: float = Field(default=10, gt=0)
+    """Time between checkpoints within an epoch; one is also kept after each epoch, and when the training is stopped."""
+    restarts: int = Field(default=0, ge=0)
+    """Times that torchrun starts the ranks again, from the checkpoint, after one has died."""
     nodes: int = Field(default=1, ge=1)
     """Machines (pods) that train together; where each stage is a process of this machine, it plays them all."""
     processes_per_node: int = Field(default=2, ge=1)
@@ -497,6 +651,212 @@ class TrainingConfig(Frozen):
     augment: AugmentConfig = AugmentConfig()
     embedding_components: int = Field(default=8, ge=1, le=64)
     """Principal components of the embedding that are kept for drift and retrieval."""
+
+
+PLACEMENT = ("nodes", "processes_per_node", "threads", "checkpoint_minutes", "restarts")
+"""Settings of ``training`` that say where and how it runs, not what is learned: they may change while it goes on."""
+
+
+class Choice(Frozen):
+    """One of several values."""
+
+    kind: Literal["choice"] = "choice"
+    values: list[Any] = Field(min_length=2)
+    """Numbers, words, or whole sections: ``[{kind: small_cnn}, {kind: resnet, depth: 10}]``."""
+
+    @property
+    def ends(self) -> list[Any]:
+        """What must be allowed, for all of it to be."""
+        return self.values
+
+
+class _Range(Frozen):
+    low: float
+    """Least value."""
+    high: float
+    """Greatest value."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError("low below high")
+        return self
+
+    @property
+    def ends(self) -> list[Any]:
+        """What must be allowed, for all of it to be."""
+        return [self.low, self.high]
+
+
+class Uniform(_Range):
+    """A number between two others."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class LogUniform(_Range):
+    """A number between two others, its logarithm evenly spread: for learning rates and the like."""
+
+    kind: Literal["log_uniform"] = "log_uniform"
+    low: float = Field(gt=0)
+    """Least value."""
+
+
+class Integer(_Range):
+    """A whole number between two others."""
+
+    kind: Literal["integer"] = "integer"
+    low: int
+    """Least value."""
+    high: int
+    """Greatest value."""
+
+
+Dimension = Annotated[Choice | Uniform | LogUniform | Integer, Field(discriminator="kind")]
+
+
+class NoPruning(Frozen):
+    """Every trial runs to its end."""
+
+    kind: Literal["none"] = "none"
+
+
+class MedianPruning(Frozen):
+    """A trial ends whose best validation AUC so far lies below the median of what the complete ones had at that epoch."""
+
+    kind: Literal["median"] = "median"
+    startup_trials: int = Field(default=4, ge=1)
+    """Trials that are complete before any is stopped."""
+    warmup_epochs: int = Field(default=2, ge=0)
+    """Epochs that every trial is given."""
+
+
+class HalvingPruning(Frozen):
+    """Successive halving, asynchronous (Li et al. 2020): after ``min_epochs``, ``factor`` times as many, and so on, only the
+    best of those that came as far go on."""
+
+    kind: Literal["successive_halving"] = "successive_halving"
+    min_epochs: int = Field(default=1, ge=1)
+    """Epochs that every trial is given."""
+    factor: int = Field(default=3, ge=2)
+    """One in so many goes on."""
+
+
+Pruning = Annotated[NoPruning | MedianPruning | HalvingPruning, Field(discriminator="kind")]
+
+
+class MetricRule(Frozen):
+    """A limit to a metric on validation, at the operating point that ``calibration`` chooses."""
+
+    kind: Literal["metric"] = "metric"
+    metric: Literal["auc", "auprc", "accuracy", "sensitivity", "specificity", "ece", "brier"]
+    """As evaluation has them."""
+    at_least: float | None = None
+    """This, ``at_most``, or both, must be given."""
+    at_most: float | None = None
+    """Above this value a trial is not taken."""
+
+    @model_validator(mode="after")
+    def _limited(self) -> MetricRule:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("at_least, at_most, or both")
+        return self
+
+
+class SizeRule(Frozen):
+    """A limit to the number of weights."""
+
+    kind: Literal["size"] = "size"
+    parameters: int = Field(ge=1)
+    """At most."""
+
+
+class LatencyRule(Frozen):
+    """A limit to the time that the network takes for one image: the median of several, on one CPU thread of the machine that
+    trains."""
+
+    kind: Literal["latency"] = "latency"
+    milliseconds: float = Field(gt=0)
+    """At most."""
+
+
+Rule = Annotated[MetricRule | SizeRule | LatencyRule, Field(discriminator="kind")]
+
+
+class BestTrial(Frozen):
+    """The greatest validation AUC."""
+
+    kind: Literal["best"] = "best"
+    tolerance: Share = 0.0
+    """How much of it may be given up for fewer weights: of those so close to the best, the smallest network is taken."""
+
+
+class RuledTrial(Frozen):
+    """The greatest validation AUC among the trials that keep to all rules. Where none does, the training fails as at a gate."""
+
+    kind: Literal["rules"] = "rules"
+    rules: list[Rule] = Field(min_length=1)
+    """Each one of ``metric``, ``size``, ``latency``."""
+
+
+class EnsembleOfTrials(Frozen):
+    """Several of the best as one model: a weighted mean of their probabilities, by the weights that make the labels of
+    validation most likely. Networks without weight are left out."""
+
+    kind: Literal["ensemble"] = "ensemble"
+    size: int = Field(default=5, ge=2)
+    """Of the best, so many are candidates."""
+
+
+Selection = Annotated[BestTrial | RuledTrial | EnsembleOfTrials, Field(discriminator="kind")]
+
+MOST_PROBES = 256
+"""Combinations of values above which they are not all checked when a project is loaded."""
+
+
+class SearchConfig(Frozen):
+    """AutoML: trainings with various settings, one after the other, of which the best becomes the bundle. See
+    docs/training.md."""
+
+    space: dict[str, Dimension] = Field(min_length=1)
+    """What is varied: ``model`` or a setting below it, or one below ``training``, by its dotted name
+    (``training.learning_rate``), and the values that it may take."""
+    trials: int | None = Field(default=None, ge=1)
+    """How many; this, ``minutes``, or both, must be given."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Time for all of them: none begins after it, and the one that runs then ends after its epoch."""
+    seed: int = 0
+    """The same seed tries the same settings, unless it is the time that ends trials."""
+    random_trials: int = Field(default=10, ge=1)
+    """Trials at random before the sampler, a tree-structured Parzen estimator (Bergstra et al. 2011), learns from them."""
+    pruning: Pruning = MedianPruning()
+    """When a trial that promises little is given up: ``none``, ``median``, ``successive_halving``."""
+    select: Selection = BestTrial()
+    """What becomes the bundle: ``best``, ``rules``, ``ensemble``."""
+
+    @field_validator("space")
+    @classmethod
+    def _about_what_is_learned(cls, space: dict[str, Dimension]) -> dict[str, Dimension]:
+        for key in space:
+            section, _, setting = key.partition(".")
+            if section not in {"model", "training"} or key == "training" or setting in {*PLACEMENT, "embedding_components"}:
+                raise ValueError(f"model, a setting below it, or one below training that changes the network; not {key}")
+        return space
+
+    @model_validator(mode="after")
+    def _limited(self) -> SearchConfig:
+        if self.trials is None and self.minutes is None:
+            raise ValueError("trials, minutes, or both")
+        return self
+
+    def probes(self) -> Iterator[dict[str, Any]]:
+        """Settings at the ends of the space: all combinations, or, where they are many, every end by itself."""
+        ends = {key: dimension.ends for key, dimension in self.space.items()}
+        if math.prod(map(len, ends.values())) <= MOST_PROBES:
+            yield from (dict(zip(ends, values, strict=True)) for values in itertools.product(*ends.values()))
+        else:
+            first = {key: values[0] for key, values in ends.items()}
+            yield from (first | {key: value} for key, values in ends.items() for value in values)
 
 
 class ModelEmbedding(Frozen):
@@ -556,29 +916,16 @@ class CnnEmbedding(_Learned):
     """A 3 x 3 stem that keeps the resolution."""
 
 
-class _Vit(Frozen):
-    patch: int = Field(default=16, ge=2)
-    """Rows and columns of a patch; ``preprocessing.size`` is a multiple of it."""
-    width: int = Field(default=192, ge=8)
-    """Features of a token, and of the embedding: the mean of all tokens. A multiple of ``heads``, and of 4."""
-    layers: int = Field(default=4, ge=1)
-    heads: int = Field(default=3, ge=1)
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        if self.width % self.heads or self.width % 4:
-            raise ValueError("a width that is a multiple of heads, and of 4")
-        return self
-
-
 class VitEmbedding(_Vit, _Learned):
-    """Features of a vision transformer of MONAI (Dosovitskiy et al. 2021) with weights that were learned elsewhere."""
+    """Mean of all tokens of a vision transformer of MONAI (Dosovitskiy et al. 2021) with weights that were learned
+    elsewhere."""
 
     kind: Literal["vit"] = "vit"
 
 
 class MaskedImageEmbedding(_Vit):
-    """Features of a masked autoencoder of MONAI (He et al. 2022), learned from the training images without their labels."""
+    """Mean of all tokens of a masked autoencoder of MONAI (He et al. 2022), learned from the training images without their
+    labels."""
 
     kind: Literal["masked_image"] = "masked_image"
     masked: float = Field(default=0.75, gt=0, lt=1)
@@ -595,6 +942,58 @@ Embedding = Annotated[
 ]
 
 
+class YoudenPoint(Frozen):
+    """Greatest sum of sensitivity and specificity (Youden 1950)."""
+
+    kind: Literal["youden"] = "youden"
+
+
+class SensitivityPoint(Frozen):
+    """Greatest specificity that leaves enough sensitivity."""
+
+    kind: Literal["sensitivity"] = "sensitivity"
+    at_least: Share = 0.95
+    """Sensitivity on validation; on other data it comes out higher or lower."""
+
+
+class SpecificityPoint(Frozen):
+    """Greatest sensitivity that leaves enough specificity."""
+
+    kind: Literal["specificity"] = "specificity"
+    at_least: Share = 0.95
+    """Specificity on validation; on other data it comes out higher or lower."""
+
+
+OperatingPoint = Annotated[YoudenPoint | SensitivityPoint | SpecificityPoint, Field(discriminator="kind")]
+
+
+class CalibrationConfig(Frozen):
+    """From the network's outputs to answers; all of it is chosen on validation and kept in the bundle."""
+
+    temperature: bool = True
+    """Divide the network's outputs by the number that makes the labels of validation most likely (Guo et al. 2017)."""
+    operating_point: OperatingPoint = YoudenPoint()
+    """Where an answer of two classes becomes the second: ``youden``, ``sensitivity`` or ``specificity``."""
+    abstain: float = Field(default=0.0, ge=0, lt=1)
+    """Share of validation, its least certain answers, that sets the confidence below which answers are marked ``abstained``."""
+
+
+class EvaluationConfig(Frozen):
+    """What is measured on the held-out images, and what the model card says."""
+
+    bootstrap: int = Field(default=1000, ge=100)
+    """Resamples of patients that the intervals come from (Efron & Tibshirani 1993)."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Of the intervals."""
+    seed: int = 0
+    subgroups: list[str] | None = None
+    """Metadata whose groups are measured each by itself; null takes those that the domain names, ``[]`` none."""
+    minimum: int = Field(default=20, ge=2)
+    """Patients of a subgroup below which only their number is told."""
+    intended_use: str = ""
+    """For the model card, as Markdown: who should use the model for what, and for what not."""
+
+
 class GateConfig(Frozen):
     """What a challenger must reach on the locked test set before it may be registered."""
 
@@ -607,6 +1006,67 @@ class GateConfig(Frozen):
     """Resamples of the paired bootstrap (Efron & Tibshirani 1993)."""
     confidence: Share = 0.95
     seed: int = 0
+
+
+class GradCam(Frozen):
+    """How much the features of the last spatial layer speak for the answer, where they are (Selvaraju et al. 2017). The
+    quickest: one pass forward and one back."""
+
+    kind: Literal["grad_cam"] = "grad_cam"
+
+
+class _Hidden(Frozen):
+    baseline: float | None = Field(default=None, ge=0, le=1)
+    """Intensity of pixels that show nothing; null means the mean of the training images."""
+
+
+class IntegratedGradients(_Hidden):
+    """Gradients on the straight way from the baseline to the image, summed up (Sundararajan et al. 2017)."""
+
+    kind: Literal["integrated_gradients"] = "integrated_gradients"
+    steps: int = Field(default=32, ge=8, le=512)
+    """Points of that way."""
+
+
+class _Superpixels(_Hidden):
+    superpixels: int = Field(default=40, ge=4, le=256)
+    """About as many regions of like intensity (SLIC, Achanta et al. 2012), each shown or hidden as a whole."""
+    samples: int = Field(default=256, ge=16, le=4096)
+    """Times that the network answers with some of them hidden."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        if self.samples < 2 * self.superpixels:
+            raise ValueError("samples at least twice superpixels")
+        return self
+
+
+class Lime(_Superpixels):
+    """Weights of a linear model of the network's answers close to the image (Ribeiro et al. 2016)."""
+
+    kind: Literal["lime"] = "lime"
+
+
+class Shap(_Superpixels):
+    """Shapley values of the superpixels, by Kernel SHAP (Lundberg & Lee 2017)."""
+
+    kind: Literal["shap"] = "shap"
+
+
+ExplanationMethod = Annotated[GradCam | IntegratedGradients | Lime | Shap, Field(discriminator="kind")]
+EXPLANATIONS: dict[str, ExplanationMethod] = {each.kind: each for each in (GradCam(), IntegratedGradients(), Lime(), Shap())}
+"""What a request may ask for, by name."""
+
+
+class ExplanationsConfig(Frozen):
+    """The gallery of explained answers that an evaluation draws."""
+
+    method: ExplanationMethod = GradCam()
+    """One of ``grad_cam``, ``integrated_gradients``, ``lime``, ``shap``."""
+    images: int = Field(default=12, ge=1, le=200)
+    """Test images that are explained, about: of each class the most certain right answers and the worst wrong ones, at least
+    one of both."""
 
 
 class MlflowConfig(Frozen):
@@ -882,8 +1342,13 @@ class ProjectConfig(Frozen):
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     model: Model = SmallCnn()
     training: TrainingConfig = TrainingConfig()
+    search: SearchConfig | None = None
+    """Try various settings instead of training once; null trains once."""
     embedding: Embedding = ModelEmbedding()
+    calibration: CalibrationConfig = CalibrationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+    explanations: ExplanationsConfig = ExplanationsConfig()
     mlflow: MlflowConfig = MlflowConfig()
     deploy: Deploy = LocalDeploy()
     drift: DriftConfig = DriftConfig()
@@ -903,11 +1368,43 @@ class ProjectConfig(Frozen):
         size = self.preprocessing.size
         if self.decoding.color == "grey" and any(isinstance(step, ColorStep) for step in self.preprocessing.steps):
             raise ValueError("preprocessing.steps: the step color needs decoding.color: rgb")
-        if isinstance(self.embedding, VitEmbedding | MaskedImageEmbedding) and size % self.embedding.patch:
-            raise ValueError(f"preprocessing.size {size}: a multiple of embedding.patch {self.embedding.patch}")
+        for name, transformer in (("model", self.model), ("embedding", self.embedding)):
+            if isinstance(transformer, _Vit) and size % transformer.patch:
+                raise ValueError(f"preprocessing.size {size}: a multiple of {name}.patch {transformer.patch}")
+        if size < self.model.least_size:
+            raise ValueError(f"preprocessing.size {size}: at least {self.model.least_size} for model.kind {self.model.kind}")
         if isinstance(self.embedding, HogEmbedding) and size < self.embedding.least_size:
             raise ValueError(f"preprocessing.size {size}: at least {self.embedding.least_size} for embedding.cells")
         return self
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> ProjectConfig:
+        if self.search and self.training.nodes > 1:
+            raise ValueError("training.nodes: 1 where there is a search")
+        for settings in self.search.probes() if self.search else ():
+            try:
+                self.with_settings(settings)
+            except ConfigError as error:
+                raise PydanticCustomError("search", "{reason}", {"reason": str(error)}) from None
+        return self
+
+    def with_settings(self, settings: Mapping[str, Any]) -> ProjectConfig:
+        """The project of one trial: with these settings, by dotted name, and without the search.
+
+        Raises:
+            ConfigError: they are not allowed.
+        """
+        tree = self.model_dump(mode="json", exclude={"search"})
+        try:
+            for key in sorted(settings):  # a section comes before what is below it
+                _put(tree, key, copy.deepcopy(settings[key]))
+            return ProjectConfig.model_validate(tree)
+        except ValidationError as error:
+            told = ", ".join(f"{key} {value}" for key, value in settings.items())
+            reason = explain(error, ProjectConfig)[0].removeprefix("project: a mapping given; allowed: ")
+            raise ConfigError(f"search.space: with {told}: {reason}") from None
+        except ValueError as error:
+            raise ConfigError(f"search.space: {error}") from None
 
     @property
     def storage_uri(self) -> str:
@@ -963,16 +1460,29 @@ def _override(tree: dict[str, Any], text: str) -> None:
     key, found, value = text.partition("=")
     if not found:
         raise ConfigError(f"--set {text}: allowed is section.field=value")
+    try:
+        given = yaml.safe_load(value)
+    except Exception:
+        raise ConfigError(f"--set {text}: {value!r} is not a YAML value") from None
+    try:
+        _put(tree, key, given)
+    except ValueError as error:
+        raise ConfigError(f"--set {text}: {error}") from None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value by its dotted name.
+
+    Raises:
+        ValueError: the name leads through a value.
+    """
     *parents, last = key.split(".")
     node: Any = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {text}: {parent} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except Exception:
-        raise ConfigError(f"--set {text}: {value!r} is not a YAML value") from None
+            raise ValueError(f"{parent} is a value, not a section")
+    node[last] = value
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -995,6 +1505,8 @@ def _explain_one(item: Mapping[str, Any], model: type[BaseModel]) -> str:
             return f"{path}.kind: {context['tag']!r} given; allowed: {context['expected_tags']}"
         case "union_tag_not_found":
             return f"{path}.kind: is missing; it chooses the implementation"
+        case "search":
+            return str(item["msg"])
         case "literal_error":
             return f"{path}: {item['input']!r} given; allowed: {context['expected']}"
         case _:

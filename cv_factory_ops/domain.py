@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -82,6 +82,8 @@ class Domain(Protocol):
     """MIME type of its studies in requests."""
     metadata: Mapping[str, Kind]
     """Non-identifying fields that drift is watched on."""
+    subgroups: Mapping[str, Mapping[str, float]]
+    """Those of them whose groups a model is measured on each by itself; of a number, lower bounds of its bands by name."""
 
     def recognises(self, data: bytes) -> bool:
         """Whether these bytes look like a study of this domain (by signature, without decoding)."""
@@ -111,6 +113,14 @@ class Domain(Protocol):
 
         Raises:
             Rejected: the study cannot be de-identified, or still shows whose it is (code ``identified``).
+        """
+
+    def secondary_capture(self, study: bytes, overlay: NDArray[np.uint8], description: str, software: Sequence[str]) -> bytes:
+        """A study with a picture (rows, columns, 3) about this one in it, as pictures are kept beside studies: of the same
+        patient and study, saying in words what it shows, and which versions of what have drawn it.
+
+        Raises:
+            Rejected: code ``identified``, or the study cannot be referred to.
         """
 
     def generate(self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str]) -> None:

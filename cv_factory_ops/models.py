@@ -1,13 +1,32 @@
-"""The networks: each gives logits and the embedding that they are computed from."""
+"""The networks: each gives logits and the embedding that they are computed from.
+
+``freeze`` and ``parameter_groups`` say which stages of one learn, and how fast.
+"""
 
 from __future__ import annotations
 
-from typing import assert_never
+import math
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, Self, assert_never
 
 import torch
 from torch import Tensor, nn
 
-from cv_factory_ops.config import Model, ResNet, SmallCnn
+from cv_factory_ops.config import (
+    AnyModel,
+    DenseNet,
+    EfficientNet,
+    EnsembleModel,
+    FineTuning,
+    Member,
+    ResNet,
+    SmallCnn,
+    Vit,
+)
+from cv_factory_ops.errors import ConfigError
+
+Stage = list[nn.Module | nn.Parameter]
 
 
 class Classifier(nn.Module):
@@ -20,30 +39,92 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, classes: int, mean: float, std: float) -> None:
+    def __init__(self, config: AnyModel, backbone: nn.Module, head: nn.Module, classes: int, mean: float, std: float) -> None:
         super().__init__()
+        self.config, self.classes = config, classes
         self.backbone, self.head = backbone, head
-        self.classes = classes
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+        self.frozen: list[nn.Module] = []
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        embedding = self.backbone((images - self.mean) / self.std)
+        embedding = self.embed(images)
         return self.head(embedding), embedding
 
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, features)"""
+        embedding: Tensor = self.backbone((images - self.mean) / self.std)
+        return embedding
 
-def build(config: Model, classes: int, mean: float = 0.0, std: float = 1.0, channels: int = 1) -> Classifier:
-    """A new network with random weights for images of that many channels."""
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; what is frozen stays in evaluation mode, so that its batch norms keep their statistics."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    @property
+    def features(self) -> int:
+        """Length of an embedding."""
+        return sum(layer.in_features for layer in self.head.modules() if isinstance(layer, nn.Linear))
+
+
+def build(config: AnyModel, classes: int, mean: float = 0.0, std: float = 1.0, channels: int = 1, size: int = 64) -> Classifier:
+    """A new network with random weights for images of that many channels; of ``vit`` for images of size x size alone."""
     match config:
         case SmallCnn():
-            return _small_cnn(config, classes, mean, std, channels)
+            backbone, head = _small_cnn(config, classes, channels)
         case ResNet():
-            return _resnet(config, classes, mean, std, channels)
+            backbone, head = _resnet(config, classes, channels)
+        case DenseNet():
+            backbone, head = _densenet(config, classes, channels)
+        case EfficientNet():
+            backbone, head = _efficientnet(config, classes, channels)
+        case Vit():
+            backbone, head = _vit(config, classes, channels, size)
+        case EnsembleModel():
+            return join(config, [build(member.model, classes, mean, std, channels, size) for member in config.members])
         case _:
             assert_never(config)
+    return Classifier(config, backbone, head, classes, mean, std)
 
 
-def _small_cnn(config: SmallCnn, classes: int, mean: float, std: float, channels: int) -> Classifier:
+def join(config: EnsembleModel, members: Sequence[Classifier]) -> Classifier:
+    """Networks that were trained on the same images as one: its probabilities are the weighted mean of theirs, each at its
+    temperature.
+
+    Its embedding is theirs side by side, all that the answer is computed from: what only one of them sees is seen.
+    """
+    first, backbone = members[0], _SideBySide([member.backbone for member in members])
+    heads, widths = [member.head for member in members], [member.features for member in members]
+    head = _MeanAnswer(heads, widths, config.members)
+    return Classifier(config, backbone, head, first.classes, float(first.mean), float(first.std))
+
+
+class _SideBySide(nn.Module):
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([member(images) for member in self.members], 1)
+
+
+class _MeanAnswer(nn.Module):
+    """Logits whose softmax is the weighted mean of what several heads say, each of its part of the embedding."""
+
+    def __init__(self, heads: Sequence[nn.Module], widths: Sequence[int], members: Sequence[Member]) -> None:
+        super().__init__()
+        self.members, self.widths = nn.ModuleList(heads), list(widths)
+        self.temperatures, self.log_weights = [m.temperature for m in members], [math.log(m.weight) for m in members]
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        parts = torch.split(embedding, self.widths, 1)
+        each = zip(self.members, parts, self.temperatures, self.log_weights, strict=True)
+        return torch.stack([(head(part) / t).log_softmax(1) + weight for head, part, t, weight in each]).logsumexp(0)
+
+
+def _small_cnn(config: SmallCnn, classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
     blocks: list[nn.Module] = []
     for features in (config.width, 2 * config.width, 4 * config.width):
         blocks += [
@@ -57,10 +138,10 @@ def _small_cnn(config: SmallCnn, classes: int, mean: float, std: float, channels
         ]
         channels = features
     backbone = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Classifier(backbone, nn.Sequential(nn.Dropout(config.dropout), nn.Linear(channels, classes)), classes, mean, std)
+    return backbone, nn.Sequential(nn.Dropout(config.dropout), nn.Linear(channels, classes))
 
 
-def _resnet(config: ResNet, classes: int, mean: float, std: float, channels: int) -> Classifier:
+def _resnet(config: ResNet, classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
     from monai.networks import nets
 
     network = getattr(nets, f"resnet{config.depth}")(
@@ -73,4 +154,125 @@ def _resnet(config: ResNet, classes: int, mean: float, std: float, channels: int
         shortcut_type="B",
     )
     head, network.fc = network.fc, nn.Identity()
-    return Classifier(network, head, classes, mean, std)
+    return network, head
+
+
+def _densenet(config: DenseNet, classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
+    from monai.networks import nets
+
+    network = getattr(nets, f"DenseNet{config.depth}")(spatial_dims=2, in_channels=channels, out_channels=classes)
+    head, network.class_layers.out = network.class_layers.out, nn.Identity()
+    return network, head
+
+
+def _efficientnet(config: EfficientNet, classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
+    from monai.networks.nets import EfficientNetBN
+
+    # MONAI's momentum, 0.01, takes hundreds of steps to follow: more than a small training has.
+    norm = ("batch", {"eps": 1e-3, "momentum": 0.1})
+    name = f"efficientnet-{config.variant}"
+    network = EfficientNetBN(name, pretrained=False, in_channels=channels, num_classes=classes, norm=norm)
+    head = nn.Sequential(network._dropout, network._fc)
+    network._dropout, network._fc = nn.Identity(), nn.Identity()
+    return network, head
+
+
+def _vit(config: Vit, classes: int, channels: int, size: int) -> tuple[nn.Module, nn.Module]:
+    from monai.networks.nets import ViT
+
+    class ClassToken(ViT):  # type: ignore[misc]
+        def forward(self, images: Tensor) -> Tensor:
+            embedding: Tensor = super().forward(images)[0]
+            return embedding
+
+    network = ClassToken(
+        in_channels=channels,
+        img_size=size,
+        patch_size=config.patch,
+        hidden_size=config.width,
+        mlp_dim=4 * config.width,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        classification=True,
+        num_classes=classes,
+        dropout_rate=config.dropout,
+        spatial_dims=2,
+        post_activation="",  # what is not Tanh is none
+    )
+    for block in network.blocks:
+        block.norm_cross_attn = nn.Identity()  # MONAI has it in every block and calls it in none: DDP would wait for it
+    head, network.classification_head = network.classification_head, nn.Identity()
+    return network, head
+
+
+def stages(network: Classifier) -> dict[str, Stage]:
+    """Parts of a network from its input to its head, by name; together they have all of its weights."""
+    backbone = {
+        name: [attrgetter(part)(network.backbone) for part in parts.split()] for name, parts in _stage_parts(network.config)
+    }
+    return backbone | {"head": [network.head]}
+
+
+def _stage_parts(config: AnyModel) -> list[tuple[str, str]]:
+    """Name of each stage of the backbone, and its modules and parameters with weights."""
+    match config:
+        case SmallCnn():
+            first = (0, 7, 14)  # a block has 7 layers: convolution, batch norm, activation, the same again, pooling
+            return [(f"block{i}", f"{at} {at + 1} {at + 3} {at + 4}") for i, at in enumerate(first, 1)]
+        case ResNet():
+            return [("stem", "conv1 bn1"), *((f"layer{i}", f"layer{i}") for i in range(1, 5))]
+        case DenseNet():
+            ends = ("transition1", "transition2", "transition3", "norm5")
+            blocks = [(f"block{i}", f"features.denseblock{i} features.{end}") for i, end in enumerate(ends, 1)]
+            return [("stem", "features.conv0 features.norm0"), *blocks]
+        case EfficientNet():
+            blocks = [(f"block{i + 1}", f"_blocks.{i}") for i in range(7)]
+            return [("stem", "_conv_stem _bn0"), *blocks, ("top", "_conv_head _bn1")]
+        case Vit():
+            *blocks, last = [(f"block{i + 1}", f"blocks.{i}") for i in range(config.layers)]
+            return [("stem", "patch_embedding cls_token"), *blocks, (last[0], f"{last[1]} norm")]
+        case EnsembleModel():
+            raise TypeError("an ensemble is not trained as a whole: it has no stages of its own")
+        case _:
+            assert_never(config)
+
+
+def freeze(network: Classifier, finetuning: FineTuning) -> None:
+    """Hold the first stages as they are: their weights, and in training mode the statistics of their batch norms too.
+
+    Raises:
+        ConfigError: the backbone has fewer stages.
+    """
+    frozen = [part for stage in _split(network, finetuning)[0] for part in stage]
+    for part in frozen:
+        part.requires_grad_(False)
+    network.frozen = [part for part in frozen if isinstance(part, nn.Module)]
+
+
+def parameter_groups(network: Classifier, learning_rate: float, finetuning: FineTuning) -> list[dict[str, Any]]:
+    """What an optimizer is given: the weights that are not frozen, by their learning rate.
+
+    It is ``learning_rate`` for the head, and ``decay`` times that of the stage after it for any other (Howard & Ruder 2018,
+    section 3.2).
+    """
+    learning = _split(network, finetuning)[1]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for distance, stage in zip(reversed(range(len(learning))), learning, strict=True):
+        groups.setdefault(learning_rate * finetuning.decay**distance, []).extend(_weights(stage))
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
+def _split(network: Classifier, finetuning: FineTuning) -> tuple[list[Stage], list[Stage]]:
+    """The stages that are frozen, and those that learn."""
+    *names, _ = parts = stages(network)
+    if finetuning.frozen > len(names):
+        raise ConfigError(
+            f"training.objective.frozen: {finetuning.frozen} given; allowed: 0 to {len(names)}, the stages of "
+            f"model.kind {network.config.kind} before its head: {', '.join(names)}"
+        )
+    count = len(names) if finetuning.probe else finetuning.frozen
+    return list(parts.values())[:count], list(parts.values())[count:]
+
+
+def _weights(stage: Stage) -> list[nn.Parameter]:
+    return [weight for part in stage for weight in ([part] if isinstance(part, nn.Parameter) else part.parameters())]

@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.calibration import tempered
 from cv_factory_ops.domain import Decoded
 from cv_factory_ops.errors import Rejected
+from cv_factory_ops.metrics import confidence, predicted
 from cv_factory_ops.models import Classifier
 from cv_factory_ops.preprocessing.embedders import Embedder
 from cv_factory_ops.preprocessing.pipeline import prepare, to_tensor
@@ -27,6 +29,8 @@ class Prediction(Frozen):
     """Probability of the positive class (two classes) or of the answered class."""
     scores: dict[str, float]
     """Probability of each label."""
+    abstained: bool = False
+    """The answer is less certain than the bundle demands: a person should decide."""
     features: dict[str, str | float | None]
     """What drift is watched on; captured with the answer, so that the nightly check reads no pixels."""
 
@@ -85,27 +89,31 @@ class Predictor:
 
     def forward(self, prepared: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(N, size, size[, 3]) prepared images -> probabilities (N, classes) and embedding (N, features)."""
-        return infer(self._network, prepared, self._embedder)
+        return infer(self._network, prepared, self._embedder, self.manifest.temperature)
 
     def _prediction(self, probabilities: NDArray[np.float32], values: dict[str, str | float | None]) -> Prediction:
-        labels = self.manifest.labels
-        scores = {label: round(float(p), 6) for label, p in zip(labels, probabilities, strict=True)}
-        if len(labels) == 2:
-            score = float(probabilities[1])
-            label = labels[int(score >= self.manifest.threshold)]
-        else:
-            score = float(probabilities.max())
-            label = labels[int(probabilities.argmax())]
-        return Prediction(label=label, score=round(score, 6), scores=scores, features=values)
+        labels, threshold = self.manifest.labels, self.manifest.threshold
+        answer = int(predicted(probabilities[None], threshold)[0])
+        return Prediction(
+            label=labels[answer],
+            score=round(float(probabilities[1 if len(labels) == 2 else answer]), 6),
+            scores={label: round(float(p), 6) for label, p in zip(labels, probabilities, strict=True)},
+            abstained=bool(confidence(probabilities[None], threshold)[0] < self.manifest.abstention),
+            features=values,
+        )
 
 
 @torch.inference_mode()
 def infer(
-    network: Classifier, prepared: NDArray[np.uint16] | Images, embedder: Embedder | None = None, batch_size: int = 64
+    network: Classifier,
+    prepared: NDArray[np.uint16] | Images,
+    embedder: Embedder | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 64,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(N, size, size[, 3]) prepared images -> probabilities (N, classes) and embedding (N, features), in batches.
 
-    The embedding is the network's own where no embedder is given.
+    The embedding is the network's own where no embedder is given, the temperature a bundle's.
     """
     logits, embeddings = [], []
     for start in range(0, len(prepared), batch_size):
@@ -113,7 +121,7 @@ def infer(
         outputs, features = network(to_tensor(batch))
         logits.append(outputs)
         embeddings.append(embedder.embed(batch) if embedder else features.numpy())
-    return torch.cat(logits).softmax(1).numpy(), np.concatenate(embeddings)
+    return tempered(torch.cat(logits).softmax(1).numpy(), temperature), np.concatenate(embeddings)
 
 
 def features(

@@ -85,13 +85,23 @@ class TrainRecord(Record):
     world_size: int
 
 
+class Subgroup(Frozen):
+    """The challenger on one group of the locked test set, such as the women."""
+
+    images: int
+    patients: int
+    metrics: dict[str, float] = {}
+    """As of the whole test set; empty where the group has fewer patients than ``evaluation.minimum``."""
+    intervals: dict[str, tuple[float, float]] = {}
+
+
 class EvaluateRecord(Record):
-    """``predictions.parquet`` (challenger and, where there is one, champion, on the same images) and the pictures."""
+    """``predictions.parquet`` (challenger and, where there is one, champion, on the same images), pictures and cards."""
 
     stage = "evaluate"
     predictions: str
     metrics: dict[str, float]
-    """On the locked test set: ``auc``, ``accuracy``, ``sensitivity``, ``specificity`` at the bundle's threshold."""
+    """On the locked test set, as :func:`cv_factory_ops.metrics.resampled` has them; at the bundle's threshold."""
     champion_metrics: dict[str, float]
     """The champion's on the same images; empty where there is no champion yet."""
     recent_metrics: dict[str, float]
@@ -102,7 +112,15 @@ class EvaluateRecord(Record):
     threshold: float
     """Operating point of the challenger, chosen on validation."""
     champion_threshold: float | None
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    """Of the challenger's metrics, by split and metric: the ends of the bootstrap interval over patients."""
+    subgroups: dict[str, dict[str, Subgroup]] = {}
+    """By metadata and value or band; empty where the source has no such metadata."""
     pictures: list[str]
+    explanations: dict[str, float] = {}
+    """``explanation_deletion``, ``explanation_insertion``, and both with ``_random``, of the gallery of explanations."""
+    cards: dict[str, str] = {}
+    """HTML pages by name: ``model_card``, ``data_card``."""
 
 
 class GateRecord(Record):

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,9 @@ def tracking_uri(config: ProjectConfig) -> str:
     return uri
 
 
-def open_run(client: MlflowClient, config: ProjectConfig, run: str) -> str:
-    """Id of the MLflow run of a run directory: the one that an earlier try has made, or a new one."""
+def open_run(client: MlflowClient, config: ProjectConfig, run: str, parent: str = "") -> str:
+    """Id of the MLflow run of a run directory, or of a trial below one: that of an earlier try, or a new one; ``parent`` is the
+    id of the run that it is shown below."""
     experiment = _experiment(client, config)
     query = f"tags.`{RUN_TAG}` = '{run}'"
     found = client.search_runs([experiment], query, max_results=1)
@@ -93,8 +94,30 @@ def open_run(client: MlflowClient, config: ProjectConfig, run: str) -> str:
         run_id: str = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
         return run_id
-    created = client.create_run(experiment, run_name=run.rsplit("/", 1)[1], tags={RUN_TAG: run, "cvf.project": config.project})
-    return str(created.info.run_id)
+    tags = {RUN_TAG: run, "cvf.project": config.project} | ({"mlflow.parentRunId": parent} if parent else {})
+    return str(client.create_run(experiment, run_name=run.rsplit("/", 1)[1], tags=tags).info.run_id)
+
+
+def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    """A retry keeps the params that an earlier try has logged: MLflow's are written once."""
+    from mlflow.entities import Param
+
+    known = client.get_run(run_id).data.params
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items() if name not in known])
+
+
+def settings(config: ProjectConfig) -> dict[str, Any]:
+    """What a training depends on, as ``section.field``."""
+    sections = {"data", "decoding", "splits", "preprocessing", "model", "training", "embedding"}
+    return flat(config.model_dump(mode="json", include=sections))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    items: dict[str, Any] = {}
+    for name, value in tree.items():
+        items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return items
 
 
 def run_page(client: MlflowClient, run_id: str) -> str:

@@ -55,6 +55,8 @@ class Spec:
     """``module:function`` that is called with the :class:`Stage` once its result is published."""
     resumes: bool = False
     """Whether the private folder of an interrupted try is kept, for a next one with the same inputs to go on from."""
+    grace_seconds: float = 0
+    """Time that it takes to tidy up after SIGTERM, where that is more than moments."""
     assist: str = ""
     """``module:function`` that further nodes run instead of ``work``, taking the :class:`Stage` and a function that says
     whether the result is there already."""
@@ -79,12 +81,28 @@ STAGES = {
         "training.train:run",
         "train with DDP, write the model bundle",
         ("ingest", "preprocess"),
-        ("project", "domain", "labels", "decoding", "preprocessing", "model", "training", "embedding", "mlflow"),
+        (
+            "project",
+            "domain",
+            "labels",
+            "decoding",
+            "preprocessing",
+            "model",
+            "training",
+            "search",
+            "embedding",
+            "calibration",
+            "mlflow",
+        ),
         cleanup="training.train:forget_checkpoint",
+        grace_seconds=20,
         assist="training.train:assist",
     ),
     "evaluate": Spec(
-        "evaluation.evaluate:run", "measure challenger and champion", ("ingest", "preprocess", "train"), ("mlflow",)
+        "evaluation.evaluate:run",
+        "measure challenger and champion, write the model card",
+        ("ingest", "preprocess", "train"),
+        ("project", "evaluation", "calibration", "explanations", "mlflow"),
     ),
     "gate": Spec("evaluation.gate:run", "decide whether the challenger may be registered", ("ingest", "evaluate"), ("gate",)),
     "register": Spec(

@@ -6,10 +6,15 @@ Importing it is light: pydicom is imported by the first study. Registered as the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cv_factory_ops.domain import Decoded, Decoding, DeidentificationConfig, Deidentified, Domain, Kind
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 START_OF_FILE = re.compile(
     rb"(?s:.{128}DICM"  # PS3.10 section 7.1
@@ -39,6 +44,13 @@ class Medical:
         "pixel_spacing_mm": "number",
         "rows": "number",
         "columns": "number",
+    }
+    subgroups: Mapping[str, Mapping[str, float]] = {
+        "sex": {},
+        "age_years": {"0-17": 0, "18-39": 18, "40-64": 40, "65+": 65},
+        "manufacturer": {},
+        "model_name": {},
+        "view_position": {},
     }
 
     def recognises(self, data: bytes) -> bool:
@@ -70,6 +82,11 @@ class Medical:
         from domain_medical.deidentify import deidentify
 
         return deidentify(data, settings)
+
+    def secondary_capture(self, study: bytes, overlay: NDArray[np.uint8], description: str, software: Sequence[str]) -> bytes:
+        from domain_medical.secondary_capture import secondary_capture
+
+        return secondary_capture(study, overlay, description, software)
 
     def generate(self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str]) -> None:
         from domain_medical.synthetic import generate

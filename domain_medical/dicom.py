@@ -39,8 +39,10 @@ MAX_INFLATED = 512 << 20
 
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
-_DEFERRED = 1 << 20
+_DEFERRED = 1 << 18
 """Bytes above which a value stays where it is until it is asked for: pixels are not copied."""
+_START = 1 << 16
+"""Bytes that the file meta information, which says whether the rest is deflated, is looked for in."""
 _IS_PLAIN = {"AE", "AS", "CS", "DS", "IS", "LO", "SH", "UI"}
 _NUMBERS = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FL": "f", "FD": "d"}
 
@@ -74,14 +76,24 @@ def read(data: bytes) -> FileDataset:
 
 
 def _parsed(data: bytes) -> FileDataset:
+    if DeflatedExplicitVRLittleEndian.encode() in data[:_START]:
+        return _with_syntax(_read_deflated(data))
+    return _with_syntax(dcmread(BytesIO(data), defer_size=_DEFERRED, force=True))
+
+
+def _read_deflated(data: bytes) -> FileDataset:
+    """A file that may be deflated: pydicom would inflate it without a limit."""
     source = BytesIO(data)
     preamble = read_preamble(source, True)
     meta = FileMetaDataset(read_dataset(source, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
     if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-        study = dcmread(BytesIO(data), defer_size=_DEFERRED, force=True)
-    else:
-        study = dcmread(BytesIO(_inflated(data, source.tell())), defer_size=_DEFERRED, force=True)
-        study.file_meta, study.preamble = meta, preamble
+        return dcmread(BytesIO(data), defer_size=_DEFERRED, force=True)
+    study = dcmread(BytesIO(_inflated(data, source.tell())), defer_size=_DEFERRED, force=True)
+    study.file_meta, study.preamble = meta, preamble
+    return study
+
+
+def _with_syntax(study: FileDataset) -> FileDataset:
     if not study.file_meta.get("TransferSyntaxUID"):
         study.file_meta.TransferSyntaxUID = _guessed_syntax(study)
     return study

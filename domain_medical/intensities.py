@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
@@ -182,14 +183,13 @@ def colour_image(words: Words, decoding: Decoding, stored: Stored) -> Image:
 
 
 def _mapped(words: Words, greys: Greys) -> Image:
+    if words.dtype.kind != "f" and words.itemsize <= 2 and words.size >= 2 ** (8 * words.itemsize):
+        native = np.ascontiguousarray(words, words.dtype.newbyteorder("="))
+        shown: Image = cv2.LUT(native.view(f"u{words.itemsize}"), _grey_table(greys, native.dtype))
+        return shown
     image = np.empty(words.shape, np.float32)
-    is_small = words.dtype.kind != "f" and words.itemsize <= 2 and words.size >= 2 ** (8 * words.itemsize)
-    table = _grey_table(greys, words.dtype.newbyteorder("=")) if is_small else None
     for rows in _blocks(words):
-        if table is None:
-            image[rows] = greys(words[rows])
-        else:
-            np.take(table, words[rows], out=image[rows], mode="wrap")
+        image[rows] = greys(words[rows])
     return image
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,35 @@ def project(home: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny project's run with ``ingest`` and ``preprocess`` done, in the folder ``run`` of a home with an empty MLflow."""
+    home = tmp_path_factory.mktemp("prepared")
+    (home / "project.yaml").write_text(yaml.safe_dump(TINY))
+    environment = {**os.environ, "CVF_HOME": str(home), "CVF_PSEUDONYM_KEY": "a key for tests"}
+    for stage in ("ingest", "preprocess"):
+        command = [sys.executable, "-m", "cv_factory_ops.cli", stage, "--config", home / "project.yaml", "--run", home / "run"]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+    code = f"from cv_factory_ops import config, registry; registry.connect(config.load({str(home / 'project.yaml')!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+    return home
+
+
+@pytest.fixture
+def run(prepared: Path, home: Path) -> str:
+    """A copy of the prepared run for one test."""
+    return copy_run(prepared, home)
+
+
+def copy_run(prepared: Path, home: Path) -> str:
+    """Copy a run with its MLflow to another home; returns its URI there."""
+    shutil.copytree(prepared / "run", home / "run")
+    shutil.copytree(prepared / "var" / "mlflow", home / "var" / "mlflow")
+    for path in (home / "run").glob("*/result.json"):
+        path.write_text(path.read_text().replace(str(prepared), str(home)))
+    return (home / "run").as_uri()
 
 
 @pytest.fixture

@@ -460,6 +460,37 @@ class TestSplits:
             "capture-3": "conflicting_label",
         }
 
+    def test_images_without_a_label_train_apart_unless_their_patient_is_held_out(self, project: Project, home: Path) -> None:
+        rows = write_folder(home / "data", 60)
+        known = rows[:40]
+        write_table(home / "data.csv", known)
+        assert ingest(project(data=files(max_quarantined=1.0))).quarantine_reasons == {"unlabelled": 20}
+        record = ingest(project(data=files(unlabelled="keep")), run="kept")
+        manifest = read_manifest(home / "kept" / "ingest")
+        apart = manifest[manifest["split"] == "unlabelled"]
+        held_out = quarantine(home, "kept")
+        assert set(held_out.values()) == {"held_out"}
+        assert set(apart["id"]) | set(held_out) == {row["file"] for row in rows[40:]}
+        assert apart["label"].eq(-1).all()
+        assert record.splits["unlabelled"] == len(apart) >= 10
+        assert manifest.loc[manifest["split"] != "unlabelled", "label"].ge(0).all()
+
+    def test_a_label_that_comes_later_meets_the_patient_where_he_was_drawn(self, project: Project, home: Path) -> None:
+        rows = write_folder(home / "data", 60)
+        write_table(home / "data.csv", rows[:40])
+        ingest(project(data=files(unlabelled="keep")))
+        apart = set(read_manifest(home / "run" / "ingest").query("split == 'unlabelled'")["id"])
+        write_table(home / "data.csv", rows)
+        ingest(project(data=files(unlabelled="keep")), run="later")
+        later = read_manifest(home / "later" / "ingest").set_index("id")["split"]
+        assert set(later[list(apart)]) == {"train"}
+        assert set(later[[row["file"] for row in rows[40:] if row["file"] not in apart]]) <= {"val", "test"}
+
+    def test_of_two_copies_the_one_with_a_label_stays(self) -> None:
+        kept, refused = splits.drop_duplicates([row("a", pixels="x", label=-1), row("b", pixels="x", label=1)])
+        assert [found.id for found in kept] == ["b"]
+        assert [(found.item, found.code) for found in refused] == [("a", "duplicate")]
+
     def test_digests(self) -> None:
         rows = [row("a", split="train"), row("b", split="test")]
         assert splits.data_digest(rows) == splits.data_digest(rows[::-1])
@@ -658,6 +689,17 @@ class TestCaptures:
         self.capture(load(path), {"x": (png(noise(1)), "image/png")})
         captures.add_labels(load(path), {"x": "normal"})
         assert ingest(path) == first
+
+    def test_captures_without_a_label_are_kept_where_asked_for(self, project: Project, home: Path) -> None:
+        source = {"kind": "phantoms", "patients": 60, "image_size": 48, "seed": 3}
+        path = project(data={"source": source, "include_captures": True, "unlabelled": "keep"})
+        names = [f"id-{i}" for i in range(8)]
+        self.capture(load(path), {name: (png(noise(i)), "image/png") for i, name in enumerate(names)})
+        record = ingest(path)
+        manifest = read_manifest(home / "run" / "ingest")
+        apart = manifest[(manifest["split"] == "unlabelled") & (manifest["source"] == "capture")]
+        assert set(apart["id"]) | set(quarantine(home)) == {f"capture-{name}" for name in names}
+        assert record.captured == len(apart) > 0
 
     def test_repeated_inference_id_counts_once(self, project: Project, home: Path) -> None:
         path = project(

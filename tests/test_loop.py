@@ -90,8 +90,10 @@ def test_the_mlflow_run_holds_params_metrics_and_pictures(loop: Loop) -> None:
     assert run.data.params["training.epochs"] == "2"
     assert {"train_loss", "val_auc", "test_auc", "test_accuracy"} <= set(run.data.metrics)
     assert {item.path for item in client.list_artifacts(registered.mlflow_run_id, "evaluation")} == {
-        "evaluation/confusion_matrix.png",
-        "evaluation/roc.png",
+        *(f"evaluation/{card}.{kind}" for card in ("model_card", "data_card") for kind in ("md", "html")),
+        *(f"evaluation/{name}.png" for name in ("learning_curves", "roc", "precision_recall", "confusion_matrix")),
+        *(f"evaluation/{name}.png" for name in ("reliability", "errors", "explanations", "data")),
+        "evaluation/subgroups.json",
     }
 
 

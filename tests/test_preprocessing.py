@@ -35,7 +35,7 @@ from cv_factory_ops.preprocessing.statistics import image_statistics
 from cv_factory_ops.records import IngestRecord, PreprocessRecord, Result
 from cv_factory_ops.stage import run_stage
 from cv_factory_ops.training.data import Shard, augment, mix
-from cv_factory_ops.training.loop import cross_entropy
+from cv_factory_ops.training.objectives import cross_entropy
 from cv_factory_ops.training.release import fit_pca
 
 Project = Callable[..., Path]

@@ -29,37 +29,9 @@ from cv_factory_ops.stage import assist_stage, read_result, run_stage
 from cv_factory_ops.training import gang
 from cv_factory_ops.training.data import augment
 from cv_factory_ops.training.release import fit_pca
+from domain_medical.synthetic import studies
 
 Project = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with ``ingest`` and ``preprocess`` done, in the folder ``run`` of a home with an empty MLflow."""
-    import yaml
-
-    from tests.conftest import TINY
-
-    home = tmp_path_factory.mktemp("prepared")
-    (home / "project.yaml").write_text(yaml.safe_dump(TINY))
-    environment = {**os.environ, "CVF_HOME": str(home), "CVF_PSEUDONYM_KEY": "a key for tests"}
-    for stage in ("ingest", "preprocess"):
-        command = [sys.executable, "-m", "cv_factory_ops.cli", stage, "--config", home / "project.yaml", "--run", home / "run"]
-        subprocess.run(command, check=True, env=environment, capture_output=True)
-    code = f"from cv_factory_ops import config, registry; registry.connect(config.load({str(home / 'project.yaml')!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
-    return home
-
-
-@pytest.fixture
-def run(prepared: Path, home: Path) -> str:
-    """A copy of the prepared run for one test."""
-    shutil.copytree(prepared / "run", home / "run")
-    shutil.copytree(prepared / "var" / "mlflow", home / "var" / "mlflow")
-    for name in ("ingest", "preprocess"):
-        path = home / "run" / name / "result.json"
-        path.write_text(path.read_text().replace(str(prepared), str(home)))
-    return (home / "run").as_uri()
 
 
 def start_training(path: Path, run: str, **environment: str) -> subprocess.Popen[str]:
@@ -143,6 +115,90 @@ def test_kill_9_and_a_retry_end_with_the_same_weights_and_one_mlflow_run(project
     assert weights(home) == resumed
 
 
+@pytest.mark.parametrize("method", ["simclr", "supcon"])
+def test_contrastive_training_leaves_a_bundle_that_can_be_tuned_further(
+    project: Project, home: Path, run: str, method: str
+) -> None:
+    settings = {"epochs": 2, "batch_size": 8, "processes_per_node": 2, "augment": {"zoom": 0.3, "intensity": 0.3}}
+    run_stage("train", load(project(training={**settings, "objective": {"kind": "contrastive", "method": method}})), run)
+    bundle = Bundle.load(home / "run" / "train" / "bundle")
+    learned = bundle.network().state_dict()
+    assert not any("projection" in name for name in learned)
+    weights = shutil.copy(bundle.path / "model.safetensors", home / "learned.safetensors")
+    tuning = {"epochs": 1, "objective": {"kind": "fine_tuning", "probe": True}}
+    run_stage("train", load(project(training=tuning, model={"kind": "small_cnn", "width": 4, "weights": str(weights)})), run)
+    tuned = Bundle.load(home / "run" / "train" / "bundle").network().state_dict()
+    for name, values in learned.items():
+        assert values.equal(tuned[name]) == (not name.startswith("head.")), name
+
+
+def test_unlabelled_images_are_learned_from(project: Project, home: Path) -> None:
+    (home / "data").mkdir()
+    lines = ["file,label"]
+    for i, (study, label) in enumerate(studies(60, image_size=48, seed=1, labels=["normal", "opacity"])):
+        (home / "data" / f"{i}.dcm").write_bytes(study)
+        lines += [f"{i}.dcm,{label}"] if i % 3 else []
+    (home / "data.csv").write_text("\n".join(lines))
+    source = {"kind": "files", "path": "data", "labels": "data.csv"}
+    objective = {"kind": "fixmatch", "confidence": 0.5, "ratio": 2}
+    settings = {"epochs": 2, "batch_size": 8, "processes_per_node": 2, "objective": objective}
+    config = load(project(data={"source": source, "unlabelled": "keep"}, training=settings))
+    for stage in ("ingest", "preprocess", "train"):
+        record = run_stage(stage, config, (home / "run").as_uri()).record
+    preprocessed = PreprocessRecord.model_validate(read_result((home / "run").as_uri(), "preprocess").record)
+    assert preprocessed.counts["unlabelled"] >= 5
+    assert TrainRecord.model_validate(record).epochs == 2
+
+
+def test_sigterm_within_an_epoch_keeps_what_is_learned_and_changes_nothing(project: Project, home: Path, run: str) -> None:
+    settings = {"epochs": 2, "batch_size": 1, "ema": 0.9, "augment": {"mixup": 0.3, "rotate": 5}}
+    path = project(training=settings, model={"kind": "resnet"}, preprocessing={"size": 96})
+    run_stage("preprocess", load(path), run)
+    stopped = start_training(path, run)
+    assert stopped.stderr is not None
+    for line in stopped.stderr:
+        if "steps an epoch" in line:
+            break
+    stopped.terminate()
+    assert stopped.wait(60) == 75
+    assert (home / "run" / "checkpoints" / "last.pt").exists()
+    retried = start_training(path, run)
+    _, errors = retried.communicate(timeout=300)
+    assert retried.returncode == 0, errors
+    found = re.search(r"goes on after epoch 0, image (\d+) of (\d+)", errors)
+    assert found is not None, errors
+    assert 0 < int(found[1]) < int(found[2])
+    resumed = weights(home)
+    run_stage("train", load(path), run, force=True)
+    assert weights(home) == resumed
+
+
+def test_another_number_of_processes_goes_on_from_the_checkpoint(project: Project, home: Path, run: str) -> None:
+    path = project(training={"epochs": 4, "batch_size": 4, "processes_per_node": 2})
+    killed = start_training(path, run)
+    wait_for_an_epoch(home)
+    killed.kill()
+    killed.communicate()
+    done = start_training(project(training={"epochs": 4, "batch_size": 4, "processes_per_node": 1}), run)
+    output, errors = done.communicate(timeout=300)
+    assert done.returncode == 0, errors
+    assert "goes on after epoch" in errors
+    assert json.loads(output)["record"]["world_size"] == 1
+
+
+def test_torchrun_starts_ranks_again_that_have_died(project: Project, home: Path, run: str) -> None:
+    path = project(training={"epochs": 6, "batch_size": 2, "processes_per_node": 2, "restarts": 1})
+    training = start_training(path, run)
+    wait_for(home / "run" / "checkpoints" / "last.pt")
+    os.kill(_children(training.pid)[1], signal.SIGKILL)
+    _, errors = training.communicate(timeout=120)
+    assert training.returncode == 0, errors
+    assert "goes on after epoch" in errors
+    restarted = weights(home)
+    run_stage("train", load(path), run, force=True)
+    assert weights(home) == restarted
+
+
 def test_a_killed_rank_ends_the_others_and_may_be_tried_again(project: Project, home: Path, run: str) -> None:
     path = project(training={"epochs": 500, "batch_size": 4, "processes_per_node": 2})
     training = start_training(path, run)
@@ -159,7 +215,7 @@ def test_a_killed_rank_ends_the_others_and_may_be_tried_again(project: Project, 
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
-        (1, "cvf train: interrupted; a retry goes on from the last finished epoch"),
+        (1, "cvf train: interrupted; a retry goes on from the last checkpoint"),
         (2, "cvf train: interrupted; a retry goes on from"),  # on a busy machine, the process ends before its children have
     ],
 )
@@ -187,8 +243,8 @@ def test_a_gang_that_is_killed_again_and_again_ends_with_the_weights_of_one_undi
     settings = {"epochs": 15, "batch_size": 4, "processes_per_node": 1}
     path = project(training={**settings, "nodes": 2})
     for victim, reason in [
-        ("node 1", "cvf train: node 1: was ended by SIGKILL; a retry goes on from the last finished epoch"),
-        ("rank 1", "cvf train: node 1: rank 1 was ended by SIGKILL; a retry goes on from the last finished epoch"),
+        ("node 1", "cvf train: node 1: was ended by SIGKILL; a retry goes on from the last checkpoint"),
+        ("rank 1", "cvf train: node 1: rank 1 was ended by SIGKILL; a retry goes on from the last checkpoint"),
         ("node 0", ""),
     ]:
         training = start_training(path, run)
@@ -269,10 +325,10 @@ def test_nodes_on_a_shared_folder_end_together_when_one_is_stopped(project: Proj
     second.terminate()
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 75
-    assert last_line(errors) == "cvf train: interrupted; a retry goes on from the last finished epoch"
+    assert last_line(errors) == "cvf train: interrupted; a retry goes on from the last checkpoint"
     _, errors = first.communicate(timeout=60)
     assert first.returncode == 75
-    assert last_line(errors) == "cvf train: node 1: interrupted; a retry goes on from the last finished epoch"
+    assert last_line(errors) == "cvf train: node 1: interrupted; a retry goes on from the last checkpoint"
     assert "Traceback" not in errors
     assert not (home / "run" / "rendezvous" / "pod-uid.json").exists()
 

@@ -1,85 +1,107 @@
-"""Stage ``evaluate``: challenger and champion on the same images, numbers and pictures."""
+"""Stage ``evaluate``: challenger and champion on the same images; numbers, pictures, and the cards of model and data."""
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from cv_factory_ops import registry
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.errors import DataError, Rejected
-from cv_factory_ops.evaluation.pictures import confusion_picture, roc_picture
+from cv_factory_ops.evaluation import cards, pictures
+from cv_factory_ops.evaluation.bootstrap import Judged
+from cv_factory_ops.evaluation.explanation_gallery import explanation_gallery
+from cv_factory_ops.evaluation.subgroups import subgroups
 from cv_factory_ops.ingestion.decode import as_unit_range
 from cv_factory_ops.ingestion.manifest import read_images
-from cv_factory_ops.metrics import classification
 from cv_factory_ops.predictor import infer
 from cv_factory_ops.preprocessing.pipeline import prepare
 from cv_factory_ops.preprocessing.preprocess import spacings
 from cv_factory_ops.preprocessing.shards import Images, open_split, read_index, read_rows
-from cv_factory_ops.records import EvaluateRecord, TrainRecord
+from cv_factory_ops.records import EvaluateRecord, Subgroup, TrainRecord
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cv_factory_ops.registry import Champion
     from cv_factory_ops.stage import Stage
 
 SPLITS = ("test", "recent")
 """The locked test set, and held-out newly captured studies."""
-PICTURES = ("confusion_matrix.png", "roc.png")
+CURVES = ("train_loss", "val_auc")
+"""Metrics of the training's epochs, in its MLflow run."""
 
 
 def run(stage: Stage) -> EvaluateRecord:
-    """Measure on ``test`` and, where there are new studies, on ``recent``."""
-    train = stage.read(TrainRecord)
-    challenger = Bundle.load(stage.local(train.bundle))
-    champion = registry.champion(stage.config)
-    table = predict_splits(stage, challenger, "challenger")
-    metrics = {split: _metrics(table, split, challenger, "challenger") for split in SPLITS}
-    champion_metrics: dict[str, dict[str, float]] = {split: {} for split in SPLITS}
+    """Measure on ``test`` and, where there are new studies, on ``recent``.
+
+    Raises:
+        ConfigError: ``evaluation.subgroups`` names unknown metadata.
+    """
+    train, champion = stage.read(TrainRecord), registry.champion(stage.config)
+    bundles = {"challenger": Bundle.load(stage.local(train.bundle))}
     if champion:
-        bundle = Bundle.load(stage.local(champion.bundle))
-        rivals = predict_splits(stage, bundle, "champion").drop(columns=["patient", "label", "split"])
-        table = table.merge(rivals, on="id", validate="one_to_one")
-        champion_metrics = {split: _metrics(table, split, bundle, "champion") for split in SPLITS}
+        bundles["champion"] = Bundle.load(stage.local(champion.bundle))
+    table = predict_splits(stage, bundles)
     table.to_parquet(stage.out / "predictions.parquet", index=False)
-    _draw(stage, table, challenger)
-    _log(stage, train.mlflow_run_id, metrics)
-    return EvaluateRecord(
-        summary=_summary(metrics, champion_metrics),
-        links=train.links,
-        predictions=stage.uri("predictions.parquet"),
-        metrics=metrics["test"],
-        champion_metrics=champion_metrics["test"],
-        recent_metrics=metrics["recent"],
-        champion_recent_metrics=champion_metrics["recent"],
-        champion_version=champion.version if champion else None,
-        champion_test_digest=champion.test_digest if champion else None,
-        threshold=challenger.manifest.threshold,
-        champion_threshold=bundle.manifest.threshold if champion else None,
-        pictures=[stage.uri(name) for name in PICTURES],
-    )
+    judged = {who: _by_split(table, who, bundle) for who, bundle in bundles.items()}
+    record = _measured(stage, judged, table, champion).model_copy(update={"links": train.links})
+    drawn, explanations = _draw(stage, record, judged, bundles["challenger"])
+    record = record.model_copy(update={"pictures": [stage.uri(name) for name in drawn], "explanations": explanations})
+    cards.write(stage, record, bundles["challenger"], drawn)
+    _log(stage, train.mlflow_run_id, record)
+    return record
 
 
-def predict_splits(stage: Stage, bundle: Bundle, who: str) -> pd.DataFrame:
-    """Columns ``id``, ``patient``, ``split``, ``label`` and a probability ``<who>_<i>`` for each class."""
-    network, shards, tables = bundle.network(), stage.local(f"{stage.run}/preprocess"), []
+def predict_splits(stage: Stage, bundles: Mapping[str, Bundle]) -> pd.DataFrame:
+    """Columns ``id``, ``patient``, ``split``, ``label``, ``meta_*``, and of each model and class a probability ``<who>_<i>``"""
+    shards, tables = stage.local(f"{stage.run}/preprocess"), []
     for split in SPLITS:
         if split not in read_index(shards).splits:
             continue
         rows = read_rows(shards, split)
-        probabilities, _ = infer(network, _images(stage, shards, split, rows, bundle))
-        columns = {f"{who}_{i}": probabilities[:, i] for i in range(probabilities.shape[1])}
-        tables.append(rows[["id", "patient", "split", "label"]].assign(**columns))
+        metadata = [column for column in rows if column.startswith("meta_")]
+        table = rows[["id", "patient", "split", "label", *metadata]]
+        for who, bundle in bundles.items():
+            images = _images(stage, shards, split, rows, bundle)
+            probabilities, _ = infer(bundle.network(), images, temperature=bundle.manifest.temperature)
+            table = table.assign(**{f"{who}_{i}": probabilities[:, i] for i in range(probabilities.shape[1])})
+        tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
-def probabilities_of(table: pd.DataFrame, who: str) -> NDArray[np.float64]:
-    """(N, classes) from the columns that :func:`predict_splits` wrote."""
-    count = sum(str(column).startswith(f"{who}_") for column in table)
-    probabilities: NDArray[np.float64] = table[[f"{who}_{i}" for i in range(count)]].to_numpy(np.float64)
-    return probabilities
+def _by_split(table: pd.DataFrame, who: str, bundle: Bundle) -> dict[str, Judged]:
+    return {split: Judged.of(table[table["split"] == split], who, bundle.manifest) for split in SPLITS}
+
+
+def _measured(
+    stage: Stage, judged: Mapping[str, Mapping[str, Judged]], table: pd.DataFrame, champion: Champion | None
+) -> EvaluateRecord:
+    config, challenger = stage.config.evaluation, judged["challenger"]
+    ours = {split: challenger[split].metrics for split in SPLITS}
+    theirs = {split: judged["champion"][split].metrics if champion else {} for split in SPLITS}
+    return EvaluateRecord(
+        summary=_summary(ours, theirs),
+        predictions=stage.uri("predictions.parquet"),
+        metrics=ours["test"],
+        champion_metrics=theirs["test"],
+        recent_metrics=ours["recent"],
+        champion_recent_metrics=theirs["recent"],
+        champion_version=champion.version if champion else None,
+        champion_test_digest=champion.test_digest if champion else None,
+        threshold=challenger["test"].manifest.threshold,
+        champion_threshold=judged["champion"]["test"].manifest.threshold if champion else None,
+        intervals={split: found.intervals(config) for split, found in challenger.items() if len(found)},
+        subgroups=subgroups(challenger["test"], table[table["split"] == "test"], stage.domain, config),
+        pictures=[],
+        cards={name: stage.uri(f"{name}.html") for name in cards.NAMES},
+    )
 
 
 def _images(stage: Stage, shards: Path, split: str, rows: pd.DataFrame, bundle: Bundle) -> Images:
@@ -101,28 +123,70 @@ def _images(stage: Stage, shards: Path, split: str, rows: pd.DataFrame, bundle: 
     return Images([np.stack([found[row_id] for row_id in rows["id"]])])
 
 
-def _metrics(table: pd.DataFrame, split: str, bundle: Bundle, who: str) -> dict[str, float]:
-    rows = table[table["split"] == split]
-    return classification(rows["label"].to_numpy(), probabilities_of(rows, who), bundle.manifest.threshold)
+def _draw(
+    stage: Stage, record: EvaluateRecord, judged: Mapping[str, Mapping[str, Judged]], bundle: Bundle
+) -> tuple[list[str], dict[str, float]]:
+    """Write every picture; returns the names of the files, and what the explanations score."""
+    shards, test = stage.local(f"{stage.run}/preprocess"), {who: splits["test"] for who, splits in judged.items()}
+    config, challenger = stage.config.evaluation, test["challenger"]
+    train, history = stage.read(TrainRecord), _history(stage)
+    seen = _images(stage, shards, "test", read_rows(shards, "test"), bundle)
+    gallery, explanations = explanation_gallery(challenger, seen, bundle.network(), stage.config.explanations)
+    figures = {
+        "learning_curves": pictures.learning_curves(history, train.best_epoch),
+        "roc": pictures.roc(test, config),
+        "precision_recall": pictures.precision_recall(test, config),
+        "confusion_matrix": pictures.confusion(challenger),
+        "reliability": pictures.reliability(challenger, config),
+        "errors": pictures.errors(challenger, seen),
+        "explanations": gallery,
+        "data": _data_picture(shards, stage.config.labels),
+    }
+    if any(group.metrics for groups in record.subgroups.values() for group in groups.values()):
+        figures["subgroups"] = pictures.forest(_overall(challenger, record), record.subgroups, config.confidence)
+    for name, figure in figures.items():
+        figure.savefig(stage.out / f"{name}.png", dpi=120)
+    return [f"{name}.png" for name in figures], explanations
 
 
-def _draw(stage: Stage, table: pd.DataFrame, challenger: Bundle) -> None:
-    test = table[table["split"] == "test"]
-    labels, names = test["label"].to_numpy(), challenger.manifest.labels
-    curves = {who: probabilities_of(test, who) for who in ("challenger", "champion") if f"{who}_0" in test}
-    confusion_picture(stage.out / "confusion_matrix.png", labels, curves["challenger"], challenger.manifest.threshold, names)
-    roc_picture(stage.out / "roc.png", labels, curves, names)
+def _overall(challenger: Judged, record: EvaluateRecord) -> Subgroup:
+    """The whole test set, as a group."""
+    patients = len(np.unique(challenger.patients))
+    return Subgroup(images=len(challenger), patients=patients, metrics=record.metrics, intervals=record.intervals["test"])
 
 
-def _log(stage: Stage, run_id: str, metrics: dict[str, dict[str, float]]) -> None:
-    """Metrics and pictures; with them the MLflow run is complete, whatever the gate will say."""
-    client = registry.connect(stage.config)
+def _history(stage: Stage) -> dict[str, dict[int, float]]:
+    """Values by epoch; of an epoch that a resumed training has repeated, the last one."""
+    client, run_id = registry.connect(stage.config), stage.read(TrainRecord).mlflow_run_id
     with registry.explained("evaluation"):
-        for split, values in metrics.items():
-            for name, value in values.items():
-                client.log_metric(run_id, f"{split}_{name}", value)
-        for name in PICTURES:
-            client.log_artifact(run_id, str(stage.out / name), "evaluation")
+        return {name: {point.step: point.value for point in client.get_metric_history(run_id, name)} for name in CURVES}
+
+
+def _data_picture(shards: Path, labels: list[str]) -> Figure:
+    rows, images = read_rows(shards, "train"), open_split(shards, "train")
+    places = {
+        name: np.flatnonzero(rows["label"] == i)[: pictures.EXAMPLES] for i, name in enumerate(labels[: pictures.MOST_EXAMPLES])
+    }
+    every = pd.concat([read_rows(shards, split) for split in read_index(shards).splits])
+    return pictures.data(every, labels, {name: images[place] for name, place in places.items()})
+
+
+def _log(stage: Stage, run_id: str, record: EvaluateRecord) -> None:
+    """Metrics, pictures and cards; with them the MLflow run is complete, whatever the gate will say."""
+    from mlflow.entities import Metric
+
+    (stage.out / "subgroups.json").write_text(json.dumps(record.model_dump(mode="json")["subgroups"], indent=1))
+    values = {f"test_{name}": value for name, value in record.metrics.items()}
+    values |= {f"recent_{name}": value for name, value in record.recent_metrics.items()} | record.explanations
+    for split, intervals in record.intervals.items():
+        values |= {f"{split}_{name}_low": low for name, (low, _) in intervals.items()}
+        values |= {f"{split}_{name}_high": high for name, (_, high) in intervals.items()}
+    now, client = int(time.time() * 1000), registry.connect(stage.config)
+    with registry.explained("evaluation"):
+        client.log_batch(run_id, [Metric(name, value, now, 0) for name, value in values.items()])
+        for path in sorted(stage.out.iterdir()):
+            if path.suffix in {".png", ".md", ".html", ".json"}:
+                client.log_artifact(run_id, str(path), "evaluation")
         client.set_terminated(run_id)
 
 

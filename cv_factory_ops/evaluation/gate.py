@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import GateConfig
 from cv_factory_ops.errors import GateRefused
-from cv_factory_ops.metrics import accuracy, auc
+from cv_factory_ops.evaluation.bootstrap import patients_of, percentile_interval, probabilities_of, resamples
+from cv_factory_ops.metrics import resampled
 from cv_factory_ops.records import EvaluateRecord, GateRecord, IngestRecord
 
 if TYPE_CHECKING:
@@ -60,39 +60,15 @@ def objections(
 
 
 def difference_interval(table: pd.DataFrame, evaluation: EvaluateRecord, config: GateConfig) -> tuple[float, float]:
-    """Bootstrap interval of challenger minus champion on the same resamples (Efron & Tibshirani 1993).
-
-    Patients are resampled, with all their images: images of one patient are not independent. Those of each class (of a
-    patient's first image) are resampled by themselves, so that every resample has all classes.
-    """
-    from cv_factory_ops.evaluation.evaluate import probabilities_of
-
+    """Bootstrap interval of challenger minus champion, both on the same samples of patients."""
     labels = table["label"].to_numpy()
     rivals = [(probabilities_of(table, "challenger"), evaluation.threshold)]
     rivals.append((probabilities_of(table, "champion"), evaluation.champion_threshold or 0.5))
-    generator = np.random.default_rng(config.seed)
-    classes = _patients_of_classes(table)
     differences = []
-    for _ in range(config.bootstrap):
-        drawn = [members[i] for members in classes for i in generator.integers(len(members), size=len(members))]
-        rows = np.concatenate(drawn)
-        new, old = (_value(config.metric, labels[rows], scores[rows], threshold) for scores, threshold in rivals)
+    for weights in resamples(patients_of(table), labels, config.bootstrap, config.seed):
+        new, old = (resampled(labels, scores, threshold, 0.0, weights)[config.metric] for scores, threshold in rivals)
         differences.append(new - old)
-    tail = (1 - config.confidence) / 2
-    low, high = np.quantile(differences, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _patients_of_classes(table: pd.DataFrame) -> list[list[NDArray[np.int64]]]:
-    """For each class, the rows of each of its patients; an image without a patient counts as one."""
-    owner = table["patient"].where(table["patient"] != "", table["id"])
-    patients = list(table.groupby(owner.to_numpy()).indices.values())
-    labels = table["label"].to_numpy()
-    return [[rows for rows in patients if labels[rows[0]] == c] for c in np.unique([labels[rows[0]] for rows in patients])]
-
-
-def _value(metric: str, labels: NDArray[np.int64], probabilities: NDArray[np.float64], threshold: float) -> float:
-    return auc(labels, probabilities) if metric == "auc" else accuracy(labels, probabilities, threshold)
+    return percentile_interval(np.concatenate(differences), config.confidence)
 
 
 def _test_table(stage: Stage, evaluation: EvaluateRecord) -> pd.DataFrame:

@@ -43,6 +43,8 @@ def run(stage: Stage) -> IngestRecord:
     known = _known_splits(stage)
     new = splits.draw(rows, stage.config.splits, known)
     rows = splits.assign(rows, known | new, frozenset(_locked(stage)))
+    rows, held_out = splits.set_unlabelled_apart(rows)
+    refusals += held_out
     splits.refuse_leakage(rows)
     splits.require_classes(rows, stage.config.labels)
     _keep_splits(stage, new)
@@ -103,7 +105,7 @@ def _labelled(stage: Stage, opened: sources.Opened) -> Iterator[Row | Refusal]:
                 label = stage.config.labels.index(found.label)
                 yield replace(row, label=label, patient=found.patient or row.patient)
             else:
-                yield Refusal(row.id, *UNLABELLED)
+                yield row if data.unlabelled == "keep" else Refusal(row.id, *UNLABELLED)
     if opened.table:
         yield from opened.table.unused(used)
 

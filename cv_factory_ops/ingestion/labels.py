@@ -63,8 +63,11 @@ class LabelTable:
 UNLABELLED = ("unlabelled", "has no row in the table of labels")
 
 
-def label_files(items: Iterable[Item | Refusal], table: LabelTable) -> Iterator[Item | Refusal]:
-    """Items with their labels by file, before they are read; then the rows of the table that no file was found for."""
+def label_files(items: Iterable[Item | Refusal], table: LabelTable, *, keep: bool) -> Iterator[Item | Refusal]:
+    """Items with their labels by file, before they are read; then the rows of the table that no file was found for.
+
+    Those without a label are refused, or kept without one.
+    """
     used: set[int] = set()
     for item in items:
         found = table.of_file(item.item if isinstance(item, Refusal) else item.id)
@@ -75,7 +78,7 @@ def label_files(items: Iterable[Item | Refusal], table: LabelTable) -> Iterator[
         elif found:
             yield replace(item, label=found.label, patient=found.patient or item.patient)
         else:
-            yield Refusal(item.id, *UNLABELLED)
+            yield item if keep else Refusal(item.id, *UNLABELLED)
     yield from table.unused(used)
 
 

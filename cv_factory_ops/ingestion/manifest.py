@@ -118,8 +118,13 @@ class PixelWriter:
 
 def _smallest(pixels: NDArray[np.uint16]) -> NDArray[np.unsignedinteger]:
     """Images of 8 bits, scaled to 16, as 8 bits again; nothing else is packed: that would cost more time than decoding."""
-    low = (pixels & 255).astype(np.uint8)
-    return low if np.array_equal(low * np.uint16(257), pixels) else np.ascontiguousarray(pixels, "<u2")
+    if _has_8_bits(pixels[:1]) and _has_8_bits(pixels):
+        return (pixels & 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels, "<u2")
+
+
+def _has_8_bits(pixels: NDArray[np.uint16]) -> bool:
+    return bool(np.array_equal((pixels & 255) * np.uint16(257), pixels))
 
 
 def _unpacked(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
@@ -134,11 +139,14 @@ def write_manifest(folder: Path, rows: Iterable[Row], metadata: Mapping[str, Kin
     import pyarrow.parquet as pq
 
     kinds = {"str": pa.string(), "int": pa.int32(), "float | None": pa.float64()}
-    schema = [pa.field(field.name, kinds[str(field.type)]) for field in fields(Row) if str(field.type) in kinds]
+    plain = {field.name: kinds[str(field.type)] for field in fields(Row) if str(field.type) in kinds}
+    schema = [pa.field(name, kind) for name, kind in plain.items()]
     schema += [pa.field("file", pa.string()), pa.field("offset", pa.int64()), pa.field("bytes", pa.int64())]
     schema += [pa.field(f"meta_{name}", pa.float64() if kind == "number" else pa.string()) for name, kind in metadata.items()]
     table = [
-        asdict(row) | asdict(row.place) | {f"meta_{name}": row.metadata.get(name) for name in metadata}
+        {name: getattr(row, name) for name in plain}
+        | {"file": row.place.file, "offset": row.place.offset, "bytes": row.place.bytes}
+        | {f"meta_{name}": row.metadata.get(name) for name in metadata}
         for row in sorted(rows, key=lambda row: (row.place.file, row.place.offset))
     ]
     pq.write_table(pa.Table.from_pylist(table, pa.schema(schema)), folder / "manifest.parquet")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cv_factory_ops.config import ValidationConfig
 from cv_factory_ops.ingestion.manifest import Refusal
 from cv_factory_ops.ingestion.sources.item import Item
-from cv_factory_ops.processes import die_with
+from cv_factory_ops.processes import die_with, keep_memory
 
 if TYPE_CHECKING:
     from pebble import ProcessFuture
@@ -86,6 +86,7 @@ def _batches(items: Iterable[Item | Refusal]) -> Iterator[Batch]:
 def _start(reader: Callable[[Any], Callable[[Item], Any]], settings: Any, max_memory: int, parent: int) -> None:
     global _reader
     die_with(parent)
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends the others
     _reader = reader(settings)
     resource.setrlimit(resource.RLIMIT_DATA, (max_memory, max_memory))

@@ -22,14 +22,14 @@ def drop_duplicates(rows: Iterable[Row]) -> tuple[list[Row], list[Refusal]]:
     """
     first: dict[str, Row] = {}
     kept, refused = [], []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.label < 0):  # of two copies the one with a label
         known = first.get(row.digest)
         if known is None or (known.split == "reserve" and row.source == "capture"):
             first[row.digest] = row
             kept.append(row)
         elif row.source == "base" and row.split == known.split and row.split in {"val", "test"}:
             kept.append(row)
-        elif row.label == known.label:
+        elif row.label in {known.label, -1}:
             refused.append(Refusal(row.id, "duplicate", f"has the same pixels as {known.id}"))
         else:
             refused.append(Refusal(row.id, "conflicting_label", f"has the same pixels as {known.id}, but another label"))
@@ -56,7 +56,7 @@ def assign(rows: Sequence[Row], drawn: Mapping[str, str], locked: frozenset[str]
     Raises:
         DataError: images of the locked test set are missing.
     """
-    if missing := locked - {row.digest for row in rows}:
+    if missing := locked - {row.digest for row in rows if row.label >= 0}:
         raise DataError(
             f"{len(missing)} of the {len(locked)} images of the locked test set are missing from the data: challenger and"
             " champion could not be compared; put them back, or delete locked_test.json of the project's storage to lock a"
@@ -74,6 +74,19 @@ def _split(row: Row, drawn: Mapping[str, str], locked: frozenset[str], held_out:
     return "recent" if group(row) in held_out or (split == "test" and came_later) else split
 
 
+def set_unlabelled_apart(rows: Iterable[Row]) -> tuple[list[Row], list[Refusal]]:
+    """Images without a label train as the split ``unlabelled``; those of patients who are held out are refused."""
+    kept, refused = [], []
+    for row in rows:
+        if row.label >= 0:
+            kept.append(row)
+        elif row.split == "train":
+            kept.append(replace(row, split="unlabelled"))
+        else:
+            refused.append(Refusal(row.id, "held_out", f"has no label, and belongs to a patient of the {row.split} split"))
+    return kept, refused
+
+
 def group(row: Row) -> str:
     """What stays together: a patient's images; where none is known, those of a study or of a file; else the same pixels."""
     file, _, frame = row.id.rpartition("#")
@@ -85,14 +98,14 @@ def draw(rows: Sequence[Row], config: SplitConfig, known: Mapping[str, str]) -> 
     """The splits of groups that have none yet: stratified by label, seeded, and without touching those that have one.
 
     Within the groups of a label, in the order of their hashes, each goes to the split that lacks most of its share. A group
-    with several labels counts for the rarest of them.
+    with several labels counts for the rarest of them; groups without any are drawn too, since their labels may still come.
     """
     labels: dict[str, set[int]] = {}
     for row in rows:
         if not row.split:
             labels.setdefault(group(row), set()).add(row.label)
     often = Counter(label for found in labels.values() for label in found)
-    stratum = {key: min(found, key=lambda label: (often[label], label)) for key, found in labels.items()}
+    stratum = {key: min(found - {-1} or found, key=lambda label: (often[label], label)) for key, found in labels.items()}
     shares = {"train": 1 - config.val - config.test, "val": config.val, "test": config.test}
     counts = Counter((stratum[key], known[key]) for key in stratum if key in known)
     drawn = {}
@@ -129,7 +142,8 @@ class Placed(Protocol):
 
 
 def refuse_leakage(rows: Iterable[Placed]) -> None:
-    """Refuse a patient or an image on two sides of training, validation and test (``recent`` is held out like ``test``).
+    """Refuse a patient or an image on two sides of training, validation and test (``recent`` is held out like ``test``,
+    ``unlabelled`` trained on like ``train``).
 
     Raises:
         DataError: naming at most three pseudonyms or ids.
@@ -138,7 +152,7 @@ def refuse_leakage(rows: Iterable[Placed]) -> None:
     for row in rows:
         if row.split == "reserve":
             continue
-        side = "test" if row.split == "recent" else row.split
+        side = {"recent": "test", "unlabelled": "train"}.get(row.split, row.split)
         for kind, key in (("patient", row.patient), ("study", row.study), ("image", row.digest)):
             if key:
                 sides.setdefault((kind, key), {}).setdefault(side, row.id)

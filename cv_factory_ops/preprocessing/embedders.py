@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops import storage
 from cv_factory_ops.config import (
     CnnEmbedding,
     Embedding,
@@ -26,12 +25,12 @@ from cv_factory_ops.config import (
     OrbEmbedding,
     SiftEmbedding,
     VitEmbedding,
-    as_uri,
 )
 from cv_factory_ops.errors import ConfigError, DataError
 from cv_factory_ops.ingestion.decode import as_unit_range
 from cv_factory_ops.preprocessing.pipeline import to_tensor
 from cv_factory_ops.preprocessing.shards import Images
+from cv_factory_ops.weights import read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +72,8 @@ def fit_embedder(config: Embedding, train: Images, device: torch.device | None =
         case OrbEmbedding() | SiftEmbedding():
             return _learn_words(config, train.every(max(len(train) // WORD_IMAGES, 1)))
         case CnnEmbedding() | VitEmbedding():
-            return load_embedder(config, _read_weights(config.weights), size)
+            weights = {name: tensor.numpy() for name, tensor in read_weights(config.weights).tensors.items()}
+            return load_embedder(config, weights, size)
         case MaskedImageEmbedding():
             return _learn_to_paint(config, train, device)
         case _:
@@ -216,18 +216,6 @@ def in_channels(images: Tensor, channels: int) -> Tensor:
     if images.shape[1] == channels:
         return images
     return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images.mean(1, keepdim=True)
-
-
-def _read_weights(place: str) -> State:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    uri = as_uri(place)
-    try:
-        state: State = load(storage.read_bytes(uri))
-    except SafetensorError:
-        raise DataError(f"{uri}: is not a safetensors file") from None
-    return state
 
 
 VIT_INPUT = "patch_embedding.patch_embeddings.weight"

@@ -2,7 +2,9 @@
 
 A request holds one study (the domain's content type, ``image/png``, ``image/jpeg`` or ``application/x-npy``) or a batch
 (``application/json``, see :func:`cv_factory_ops.ingestion.decode.instances`); the body of the answer is
-:class:`cv_factory_ops.predictor.Answer`. A refusal is ``{"error": one line, "code": reason}``. Nothing of a request is logged.
+:class:`cv_factory_ops.predictor.Answer`. With the header ``X-Amzn-SageMaker-Custom-Attributes: explain=<method>`` it is
+:class:`cv_factory_ops.explainer.ExplainedAnswer` or, where ``Accept`` asks for the domain's content type, a study with the
+overlay in it. A refusal is ``{"error": one line, "code": reason}``. Nothing of a request is logged.
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
 """
 
@@ -14,7 +16,9 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -24,8 +28,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.config import EXPLANATIONS, ExplanationMethod
 from cv_factory_ops.domain import Decoded, Decoding, Domain, open_domain
-from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
+from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected
+from cv_factory_ops.explainer import Explainer, as_study
 from cv_factory_ops.ingestion.decode import PICTURES, decode_one, instances
 from cv_factory_ops.predictor import Predictor
 from cv_factory_ops.server import LARGEST_BODY, listen, read_body, run
@@ -33,6 +39,9 @@ from cv_factory_ops.server import LARGEST_BODY, listen, read_body, run
 log = logging.getLogger("cvf")
 
 IMAGES = (*PICTURES, "application/x-npy")
+CUSTOM_ATTRIBUTES = {f"explain={name}": method for name, method in EXPLANATIONS.items()}
+MOST_EXPLAINED = 4
+"""Images of a request that are explained, so that an answer comes within SageMaker's minute."""
 
 
 def serve(model: Path, host: str, port: int) -> None:
@@ -62,6 +71,11 @@ def create_app(bundle_dir: Path) -> Starlette:
     predictor = load(bundle_dir)
     domain = open_domain(predictor.manifest.domain)
     threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="predict")
+    slow = ThreadPoolExecutor(1, thread_name_prefix="explain")  # who asks for reasons must not hold up the others
+
+    @cache
+    def explainer() -> Explainer:
+        return Explainer(predictor)
 
     async def ping(_: Request) -> Response:
         return Response()
@@ -71,9 +85,21 @@ def create_app(bundle_dir: Path) -> Starlette:
         if content_type not in (domain.content_type, *IMAGES, "application/json"):
             allowed = ", ".join((domain.content_type, *IMAGES, "application/json"))
             return _refusal(415, "content_type", f"content type {content_type[:80]!r} given; allowed: {allowed}")
+        asked = request.headers.get("x-amzn-sagemaker-custom-attributes", "")
+        if asked and asked not in CUSTOM_ATTRIBUTES:
+            allowed = ", ".join(CUSTOM_ATTRIBUTES)
+            return _refusal(400, "custom_attributes", f"custom attributes {asked[:80]!r} given; allowed: {allowed}")
+        is_study_wanted = bool(asked) and domain.content_type in request.headers.get("accept", "").lower()
+        if is_study_wanted and content_type != domain.content_type:
+            return _refusal(406, "accept", f"an explanation comes as {domain.content_type} where a study of that type is sent")
         if (body := await read_body(request)) is None:
             return _refusal(413, "too_large", f"the body is larger than {LARGEST_BODY} bytes")
-        return await asyncio.get_running_loop().run_in_executor(threads, _answer, predictor, domain, body, content_type)
+        read = partial(_studies, domain, predictor.manifest.decoding, body, content_type)
+        work, pool = partial(_answer, predictor, read), threads
+        if asked:
+            into = (domain, body) if is_study_wanted else None
+            work, pool = partial(_explain, explainer, read, CUSTOM_ATTRIBUTES[asked], into), slow
+        return await asyncio.get_running_loop().run_in_executor(pool, _guarded, work)
 
     return Starlette(routes=[Route("/ping", ping), Route("/invocations", invocations, methods=["POST"])])
 
@@ -94,15 +120,35 @@ def load(bundle_dir: Path) -> Predictor:
     return predictor
 
 
-def _answer(predictor: Predictor, domain: Domain, body: bytes, content_type: str) -> Response:
+def _guarded(work: Callable[[], Response]) -> Response:
     try:
-        answer = predictor.answer(_studies(domain, predictor.manifest.decoding, body, content_type))
+        return work()
     except Rejected as error:
         return _refusal(400, error.code, str(error))
+    except ConfigError as error:
+        return _refusal(400, "custom_attributes", str(error))
     except Exception as error:  # the sender learns no more than the kind, the log no more than where
         log.exception("invocations: unexpected %s", type(error).__name__, exc_info=_without_values(error))
         return _refusal(500, "internal", f"unexpected {type(error).__name__}")
-    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _answer(predictor: Predictor, read: Callable[[], list[Decoded]]) -> Response:
+    return Response(predictor.answer(read()).model_dump_json(), media_type="application/json")
+
+
+def _explain(
+    explainer: Callable[[], Explainer],
+    read: Callable[[], list[Decoded]],
+    method: ExplanationMethod,
+    into: tuple[Domain, bytes] | None,
+) -> Response:
+    """``into``: the domain and the study that the answer becomes a picture of; otherwise it is JSON."""
+    if len(studies := read()) > MOST_EXPLAINED:
+        raise Rejected("too_many", f"{len(studies)} images given; at most {MOST_EXPLAINED} of a request are explained")
+    answer, overlays = explainer().answer(studies, method)
+    if into is None:
+        return Response(answer.model_dump_json(), media_type="application/json")
+    return Response(as_study(*into, answer, overlays[0]), media_type=into[0].content_type)
 
 
 def _studies(domain: Domain, decoding: Decoding, body: bytes, content_type: str) -> list[Decoded]:

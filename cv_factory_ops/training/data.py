@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
-from cv_factory_ops.config import AugmentConfig
+from cv_factory_ops.config import AugmentConfig, TrainingConfig
 from cv_factory_ops.preprocessing.pipeline import to_tensor
 from cv_factory_ops.preprocessing.shards import Images, open_split
 
@@ -43,18 +42,25 @@ class Shard(Dataset[int]):
         return np.bincount(self.labels, minlength=classes)
 
 
-def train_batches(shard: Shard, sampler: DistributedSampler[int], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's batches of one epoch, in the sampler's order."""
-    order = np.fromiter(sampler, dtype=np.int64)
-    for start in range(0, len(order), size):
-        yield shard.batch(order[start : start + size])
+def epoch_order(labels: NDArray[np.int64], config: TrainingConfig, epoch: int) -> NDArray[np.int64]:
+    """(N,) the images of an epoch in the order in which all ranks together take them; the same for any number of ranks."""
+    generator = torch.Generator().manual_seed(config.seed + epoch)
+    if not config.weighted_sampling:
+        return torch.randperm(len(labels), generator=generator).numpy()
+    weights = torch.from_numpy(1 / np.bincount(labels)[labels])
+    return torch.multinomial(weights, len(labels), replacement=True, generator=generator).numpy()
+
+
+def share_of(order: NDArray[np.int64], rank: int, ranks: int) -> NDArray[np.int64]:
+    """Each ``ranks``-th image from ``rank`` on; as many for each rank, so some come twice where they do not come out even."""
+    return np.resize(order, -(-len(order) // ranks) * ranks)[rank::ranks]
 
 
 def augment(images: Tensor, config: AugmentConfig) -> Tensor:
     """Random rotation, translation, flip, contrast, brightness, noise of (n, channels, H, W) images; the range stays 0..1."""
     _, _, rows, columns = images.shape
-    if config.rotate:
-        images = _rotate(images, config.rotate)
+    if config.rotate or config.zoom:
+        images = _turn(images, config.rotate, config.zoom)
     if config.shift:
         images = _shift(images, round(config.shift * rows), round(config.shift * columns))
     if config.flip:
@@ -100,14 +106,16 @@ def _shift(images: Tensor, most_rows: int, most_columns: int) -> Tensor:
     row = (torch.arange(rows, device=device) + down).clamp_(0, rows - 1)
     column = (torch.arange(columns, device=device) + right).clamp_(0, columns - 1)
     image = torch.arange(count, device=device)[:, None, None]
-    return images[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    moved = images[image, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+    return moved.flatten().view(images.shape)  # contiguous() leaves one channel with strides that DDP warns of
 
 
-def _rotate(images: Tensor, most_degrees: float) -> Tensor:
-    """Turn each image about its middle by its own angle; what turns in at the border repeats the border."""
+def _turn(images: Tensor, most_degrees: float, most_zoom: float) -> Tensor:
+    """Turn and magnify each image about its middle, each by its own measure; what turns in at the border repeats the border."""
     count, _, rows, columns = images.shape
     angle = torch.deg2rad(most_degrees * (2 * torch.rand(count, device=images.device) - 1))
-    cosine, sine, none = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    scale = 1 / (1 + most_zoom * torch.rand(count, device=images.device)) if most_zoom else torch.ones_like(angle)
+    cosine, sine, none = scale * angle.cos(), scale * angle.sin(), torch.zeros_like(angle)
     # Both sides have length 2 in the grid, whatever their pixels.
     across = torch.stack([cosine, -sine * rows / columns, none], dim=1)
     down = torch.stack([sine * columns / rows, cosine, none], dim=1)

@@ -45,7 +45,7 @@ CHILD_SECONDS = 10.0
 """How long the nodes of a rehearsal may take to end."""
 LOOPBACK = "127.0.0.1"
 
-GOES_ON = "a retry goes on from the last finished epoch"
+GOES_ON = "a retry goes on from the last checkpoint"
 
 
 class Rendezvous(Frozen):

@@ -8,51 +8,55 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 import cv_factory_ops
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, missing_to_nan
+from cv_factory_ops.calibration import fit_temperature, least_confidence, operating_point, tempered
+from cv_factory_ops.config import CalibrationConfig
 from cv_factory_ops.domain import Kind, open_domain
-from cv_factory_ops.metrics import operating_point
+from cv_factory_ops.metrics import Labels, Scores
+from cv_factory_ops.models import Classifier
 from cv_factory_ops.predictor import features, infer
 from cv_factory_ops.preprocessing.embedders import fit_embedder
 from cv_factory_ops.preprocessing.shards import read_rows
 from cv_factory_ops.preprocessing.statistics import image_statistics
 from cv_factory_ops.training.data import Shard
-from cv_factory_ops.training.loop import Trainer
 from cv_factory_ops.training.train import Assignment
 
 PCA_IMAGES = 4096
 """Training images, evenly spaced, that the principal components are computed from."""
 
 
-def write_bundle(assignment: Assignment, trainer: Trainer) -> Bundle:
-    """Write ``<out>/bundle`` with the best epoch's weights.
+def write_bundle(assignment: Assignment, network: Classifier, device: torch.device) -> Bundle:
+    """Write ``<out>/bundle`` of a trained network, on the CPU and in evaluation mode; an embedder learns on ``device``.
 
-    Threshold and drift reference come from the validation split: the network was not fitted to it, and the locked test set
-    stays untouched.
+    Temperature, threshold, abstention and drift reference come from the validation split: the network was not fitted to it, and
+    the locked test set stays untouched.
     """
     config = assignment.config
-    network = trainer.network.cpu()
-    network.load_state_dict(trainer.progress.best_weights)
-    network.eval()
-    step = max(len(trainer.train) // PCA_IMAGES, 1)
-    embedder = fit_embedder(config.embedding, trainer.train.images, trainer.world.device)
-    pca = fit_pca(infer(network, trainer.train.images.every(step), embedder)[1], config.training.embedding_components)
-    probabilities, embedding = infer(network, trainer.val.images, embedder)
-    reference, kinds = reference_table(assignment, trainer.val, probabilities, pca.transform(embedding))
-    binary = len(config.labels) == 2
+    train, val = (Shard.open(assignment.shards, split) for split in ("train", "val"))
+    step = max(len(train) // PCA_IMAGES, 1)
+    embedder = fit_embedder(config.embedding, train.images, device)
+    pca = fit_pca(infer(network, train.images.every(step), embedder)[1], config.training.embedding_components)
+    probabilities, embedding = infer(network, val.images, embedder)
+    temperature, threshold, abstention = calibrate(val.labels, probabilities, config.calibration)
+    probabilities = tempered(probabilities, temperature)
+    reference, kinds = reference_table(assignment, val, probabilities, pca.transform(embedding))
     manifest = BundleManifest(
         project=config.project,
         domain=config.domain,
         labels=config.labels,
-        model=config.model,
+        model=network.config,
         decoding=config.decoding,
         preprocessing=config.preprocessing,
         embedding=config.embedding,
         mean=assignment.mean,
         std=assignment.std,
-        threshold=operating_point(trainer.val.labels, probabilities) if binary else 0.5,
+        threshold=threshold,
+        temperature=temperature,
+        abstention=abstention,
         features=kinds,
         data_digest=assignment.data_digest,
         test_digest=assignment.test_digest,
@@ -60,6 +64,15 @@ def write_bundle(assignment: Assignment, trainer: Trainer) -> Bundle:
         git_sha=git_sha(),
     )
     return Bundle.write(assignment.out / "bundle", manifest, network, pca, reference, embedder)
+
+
+def calibrate(labels: Labels, probabilities: Scores, config: CalibrationConfig) -> tuple[float, float, float]:
+    """Temperature, threshold and least confidence from validation; each is chosen with those before it in use."""
+    temperature = fit_temperature(labels, probabilities) if config.temperature else 1.0
+    calibrated = tempered(probabilities, temperature)
+    threshold = operating_point(labels, calibrated, config.operating_point) if calibrated.shape[1] == 2 else 0.5
+    abstention = least_confidence(calibrated, threshold, config.abstain)
+    return temperature, threshold, abstention
 
 
 def fit_pca(embedding: NDArray[np.float32], components: int) -> Pca:

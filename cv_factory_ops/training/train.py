@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import CnnEmbedding, ProjectConfig, TrainingConfig, VitEmbedding, as_uri
+from cv_factory_ops.config import PLACEMENT, CnnEmbedding, ProjectConfig, TrainingConfig, VitEmbedding, as_uri
 from cv_factory_ops.errors import CvFactoryError, DataError, Interrupted, PeerLost, Unavailable
 from cv_factory_ops.records import Frozen, IngestRecord, PreprocessRecord, TrainRecord
 from cv_factory_ops.training.gang import (
@@ -26,13 +30,18 @@ from cv_factory_ops.training.gang import (
     leading,
     own_address,
 )
+from cv_factory_ops.training.study import Trying
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from cv_factory_ops.models import Classifier
     from cv_factory_ops.stage import Stage
 
 log = logging.getLogger("cvf")
+
+SAVE_SECONDS = 18.0
+"""Time for a last checkpoint after SIGTERM: less than the half minute that Kubernetes gives a pod."""
 
 
 class Assignment(Frozen):
@@ -51,10 +60,37 @@ class Assignment(Frozen):
     std: float
     data_digest: str
     test_digest: str
+    trying: Trying | None = None
+    """Of a trial: what its search tells it."""
 
     def failure(self, rank: int) -> Path:
         """Where a failing rank leaves its reason."""
         return self.out / f"failure.{rank}.json"
+
+    @property
+    def weights(self) -> Path:
+        """Where rank 0 of a trial leaves its network, instead of a bundle."""
+        return self.out / "weights.safetensors"
+
+    @property
+    def stop(self) -> Path:
+        """The file that asks the ranks of this node to keep a checkpoint and end."""
+        return self.out / "stop"
+
+    def new_network(self) -> Classifier:
+        """With random weights."""
+        from cv_factory_ops.models import build
+
+        config = self.config
+        size, channels = config.preprocessing.size, config.decoding.channels
+        return build(config.model, len(config.labels), self.mean, self.std, channels, size)
+
+    def take_outcome(self) -> Outcome:
+        """What rank 0 has reported; its file is removed."""
+        path = self.out / "outcome.json"
+        outcome = Outcome.model_validate_json(path.read_bytes())
+        path.unlink()
+        return outcome
 
 
 class Outcome(Frozen):
@@ -67,73 +103,94 @@ class Outcome(Frozen):
     val_auc: float
     images_per_second: float
     world_size: int
+    history: list[float]
+    """Validation AUC of each epoch."""
+    parameters: int
+    """Weights of the network."""
+    earlier_seconds: float
+    """That killed tries took, up to their last checkpoint."""
+    given_up: str
+    """Why, where this was a trial of a search that it does not complete; else empty."""
 
 
 def run(stage: Stage) -> TrainRecord:
     """Train until done, as node 0 of all; a checkpoint that a killed try left behind is resumed."""
     training = stage.config.training
+    if stage.config.search:
+        from cv_factory_ops.training import search
+
+        return search.run(stage, stage.config.search)
     if training.nodes == 1:
-        _launch(_assign(stage, stage.out), training, LOOPBACK, ["--standalone"])
+        assignment = assign(stage, stage.out)
+        launch_alone(assignment)
     else:
         with leading(stage) as gang:
-            assignment = _assign(stage, stage.out)
+            assignment = assign(stage, stage.out)
             gang.wait_for_nodes()
             with gang.listening() as rendezvous:
-                _launch_node(gang, assignment, training, rendezvous)
-    outcome = Outcome.model_validate_json((stage.out / "outcome.json").read_bytes())
-    for name in ("assignment.json", "outcome.json"):
-        (stage.out / name).unlink()
-    return TrainRecord(
+                _launch_node(gang, assignment, rendezvous)
+    outcome = assignment.take_outcome()
+    return record(
+        stage,
+        outcome.mlflow_page,
         summary=f"validation AUC {outcome.val_auc:.3f} in epoch {outcome.best_epoch} of {outcome.epochs}, "
         f"{outcome.images_per_second:.0f} images/s in {outcome.world_size} processes",
-        links={"mlflow": outcome.mlflow_page} if outcome.mlflow_page else {},
+        **outcome.model_dump(include=set(TrainRecord.model_fields)),
+    )
+
+
+def record(stage: Stage, mlflow_page: str, **found: Any) -> TrainRecord:
+    """The record of the bundle that lies in the private folder."""
+    return TrainRecord(
+        links={"mlflow": mlflow_page} if mlflow_page else {},
         bundle=stage.uri("bundle"),
         bundle_digest=storage.tree_digest(stage.out / "bundle"),
-        **outcome.model_dump(exclude={"mlflow_page"}),
+        **found,
     )
+
+
+def launch_alone(assignment: Assignment) -> None:
+    """Run the ranks of this node, which has no others, to their end."""
+    _launch(assignment, LOOPBACK, ["--standalone"])
 
 
 def assist(stage: Stage, done: Callable[[], bool]) -> None:
     """Train as a further node: run its ranks to their end. Its files are its own, nodes may share the run's folder."""
     with following(stage) as gang, tempfile.TemporaryDirectory(prefix="cvf-node-") as folder:
         if not done():
-            assignment = _assign(stage, Path(folder))
+            assignment = assign(stage, Path(folder))
             gang.arrive()
             if rendezvous := gang.wait_for_first(done):
-                _launch_node(gang, assignment, stage.config.training, rendezvous)
+                _launch_node(gang, assignment, rendezvous)
                 return
         log.info("%s: nothing has changed: node %d is not needed", stage.name, gang.node)
 
 
 def forget_checkpoint(stage: Stage) -> None:
-    """Remove the checkpoint of a training whose bundle is published."""
-    storage.delete_tree(checkpoint_uri(stage.run))
+    """Remove the checkpoints of a training whose bundle is published, and with them the trials of a search."""
+    storage.delete_tree(checkpoints(stage.run))
 
 
-def checkpoint_uri(run: str) -> str:
-    """Where a training's checkpoint lies."""
-    return f"{run}/checkpoints/last.pt"
+def checkpoints(run: str) -> str:
+    """Where the checkpoints of a training lie."""
+    return f"{run}/checkpoints"
 
 
-def _assign(stage: Stage, out: Path) -> Path:
-    """Write what the ranks of this node are told; returns where."""
-    path = out / "assignment.json"
-    path.write_text(_assignment(stage, out).model_dump_json(), encoding="utf-8")
-    return path
-
-
-def _assignment(stage: Stage, out: Path) -> Assignment:
+def assign(stage: Stage, out: Path) -> Assignment:
+    """What the ranks of this node are told."""
     ingest, preprocess = stage.read(IngestRecord), stage.read(PreprocessRecord)
     config = stage.config
-    settings = config.model_dump_json(include={"labels", "decoding", "preprocessing", "model", "training"})
+    settings = config.model_dump(mode="json", include={"labels", "decoding", "preprocessing", "model", "training"})
+    for name in PLACEMENT:
+        del settings["training"][name]
     shards = _sound_shards(stage)
     return Assignment(
         config=config,
         run=stage.run,
         shards=shards,
         out=out,
-        checkpoint=checkpoint_uri(stage.run),
-        inputs_digest=storage.text_digest(settings + preprocess.shards_digest),
+        checkpoint=f"{checkpoints(stage.run)}/last.pt",
+        inputs_digest=storage.text_digest(json.dumps(settings) + preprocess.shards_digest),
         mean=preprocess.mean,
         std=preprocess.std,
         data_digest=ingest.data_digest,
@@ -149,23 +206,26 @@ def _sound_shards(stage: Stage) -> Path:
     """
     from cv_factory_ops.preprocessing.shards import require_no_leakage, verify
 
-    embedding = stage.config.embedding
-    if isinstance(embedding, CnnEmbedding | VitEmbedding) and not storage.exists(as_uri(embedding.weights)):
-        raise DataError(f"embedding.weights: {as_uri(embedding.weights)}: is not there")
+    embedding, places = stage.config.embedding, {"model.weights": stage.config.model.weights}
+    if isinstance(embedding, CnnEmbedding | VitEmbedding):
+        places["embedding.weights"] = embedding.weights
+    for name, place in places.items():
+        if place and not place.startswith("hf://") and not storage.exists(as_uri(place)):
+            raise DataError(f"{name}: {as_uri(place)}: is not there")
     folder = stage.local(f"{stage.run}/preprocess")
     require_no_leakage(folder)
     verify(folder)
     return folder
 
 
-def _launch_node(gang: Gang, assignment: Path, training: TrainingConfig, rendezvous: Rendezvous) -> None:
+def _launch_node(gang: Gang, assignment: Assignment, rendezvous: Rendezvous) -> None:
     where = [f"--nnodes={gang.nodes}", f"--node-rank={gang.node}", f"--rdzv-id={gang.id}", "--rdzv-conf=timeout=120"]
     with gang.watched():
         first = [f"--master-addr={rendezvous.address}", f"--master-port={rendezvous.port}"]
-        _launch(assignment, training, own_address(), where + first)
+        _launch(assignment, own_address(), where + first)
 
 
-def _launch(assignment: Path, training: TrainingConfig, address: str, where: list[str]) -> None:
+def _launch(assignment: Assignment, address: str, where: list[str]) -> None:
     """Run the ranks of this node to their end, as ``torchrun`` does; this process is the launcher.
 
     The address is given and gloo's interface named, since a host's name need not resolve; NCCL finds a pod's interface itself.
@@ -176,29 +236,67 @@ def _launch(assignment: Path, training: TrainingConfig, address: str, where: lis
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
 
-    before = os.environ.copy()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is told once, by us
+    training, path = assignment.config.training, assignment.out / "assignment.json"
+    ranks = [f"--nproc-per-node={training.processes_per_node}", f"--max-restarts={training.restarts}"]
+    ranks += ["--signals-to-handle=SIGHUP,SIGQUIT", f"--local-addr={address}"]
+    arguments = get_args_parser().parse_args([*where, *ranks, "-m", "cv_factory_ops.training.worker", str(path)])
+    path.write_text(assignment.model_dump_json(), encoding="utf-8")
+    try:
+        with _environment_of_ranks(training, address), _stopping_by_file(assignment.stop):
+            torchrun(arguments)  # type: ignore[no-untyped-call]
+    except (ChildFailedError, PeerLost) as error:
+        if assignment.stop.exists():
+            raise Interrupted(f"interrupted; {GOES_ON}") from None
+        raise (error if isinstance(error, PeerLost) else _failure(assignment.out, error)) from None
+    except DistError as error:
+        raise PeerLost(f"lost a peer: {str(error).splitlines()[0]}") from None
+    except SignalException:
+        raise Unavailable(f"interrupted; {GOES_ON}") from None
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _environment_of_ranks(training: TrainingConfig, address: str) -> Iterator[None]:
+    before = os.environ.copy()
     os.environ |= {
         "OMP_NUM_THREADS": str(training.threads),
         "CVF_LAUNCHER_PID": str(os.getpid()),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(address))
-    ranks = [f"--nproc-per-node={training.processes_per_node}", "--signals-to-handle=SIGHUP,SIGQUIT", f"--local-addr={address}"]
-    arguments = [*where, *ranks, "-m", "cv_factory_ops.training.worker", str(assignment)]
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first GPU is used
     try:
-        torchrun(get_args_parser().parse_args(arguments))  # type: ignore[no-untyped-call]
-    except ChildFailedError as error:
-        raise _failure(assignment.parent, error) from None
-    except DistError as error:
-        raise PeerLost(f"lost a peer: {str(error).splitlines()[0]}") from None
-    except SignalException:
-        raise Unavailable(f"interrupted; {GOES_ON}") from None
-    except Interrupted:
-        raise Interrupted(f"interrupted; {GOES_ON}") from None
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def _stopping_by_file(stop: Path) -> Iterator[None]:
+    """On SIGTERM ask the ranks to stop, which keeps a checkpoint; raise Interrupted where that takes too long."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        stop.touch()
+        signal.setitimer(signal.ITIMER_REAL, SAVE_SECONDS)
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"interrupted; {GOES_ON}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGALRM, give_up)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGALRM, before[1])
 
 
 def _failure(folder: Path, error: ChildFailedError) -> CvFactoryError:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from cv_factory_ops import registry, storage
-from cv_factory_ops.errors import CvFactoryError, PeerLost, Unavailable, unexpected
-from cv_factory_ops.models import build
+from cv_factory_ops.config import FixMatchConfig
+from cv_factory_ops.errors import ConfigError, CvFactoryError, PeerLost, Unavailable, unexpected
+from cv_factory_ops.preprocessing.shards import read_index
+from cv_factory_ops.pretrained import load_weights
 from cv_factory_ops.training import checkpoint
 from cv_factory_ops.training.data import Shard
-from cv_factory_ops.training.distributed import World, join, lost_peer, sum_over_ranks
+from cv_factory_ops.training.distributed import Pauses, World, join, lost_peer, shared, sum_over_ranks
 from cv_factory_ops.training.gang import Failure
 from cv_factory_ops.training.loop import Trainer
+from cv_factory_ops.training.study import Prospects, Trying
 from cv_factory_ops.training.train import Assignment, Outcome
+from cv_factory_ops.training.trials import Trials
+from cv_factory_ops.weights import write_weights
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,6 +42,7 @@ def main(path: str) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=layout, datefmt="%H:%M:%S")
     logging.getLogger("botocore").setLevel(logging.WARNING)
     assignment = Assignment.model_validate_json(Path(path).read_bytes())
+    assignment.failure(int(os.environ["RANK"])).unlink(missing_ok=True)  # of a rank that torchrun has started again
     try:
         with join() as world:
             work(assignment, world)
@@ -43,6 +50,9 @@ def main(path: str) -> int:
         return _report(assignment, storage.explained_os_error(error, str(error.filename or assignment.out)))
     except CvFactoryError as error:
         return _report(assignment, error)
+    except torch.OutOfMemoryError:
+        given = f"training.batch_size: {assignment.config.training.batch_size} given"
+        return _report(assignment, ConfigError(f"{given}; allowed: what the GPU's memory suffices for"))
     except Exception as error:
         lost = PeerLost(f"lost a peer: {str(error).splitlines()[0]}") if lost_peer(error) else None
         return _report(assignment, lost or CvFactoryError(unexpected(error)))
@@ -58,30 +68,74 @@ def _report(assignment: Assignment, error: CvFactoryError) -> int:
 
 
 def work(assignment: Assignment, world: World) -> None:
-    """Resume or start, train, and as rank 0 leave the bundle and the outcome."""
+    """One training; or those of a search, one after the other, until rank 0 has no more."""
+    if not assignment.config.search:
+        train(assignment, world)
+        return
+    trials = Trials(assignment, assignment.config.search) if world.first else None
+    while trial := shared(trials.next() if trials else None, Assignment, world):
+        train(trial, world)
+        if trials:
+            trials.keep()
+        gc.collect()  # what DDP leaves behind refers to itself, and would hold the network's memory
+
+
+def train(assignment: Assignment, world: World) -> None:
+    """Resume or start, train, and as rank 0 leave the bundle, or of a trial the weights, and the outcome."""
     config = assignment.config
     torch.manual_seed(config.training.seed)
-    network = build(config.model, len(config.labels), assignment.mean, assignment.std, config.decoding.channels)
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    torch.backends.cudnn.benchmark = not config.training.deterministic
+    network = assignment.new_network()
+    state = checkpoint.load(assignment.checkpoint, assignment.inputs_digest)
+    if config.model.weights and not state:
+        load_weights(network, config.model.weights)
     train, val = (Shard.open(assignment.shards, split) for split in ("train", "val"))
-    trainer = Trainer(network, train, val, config.training, world)
-    if state := checkpoint.load(assignment.checkpoint, assignment.inputs_digest):
+    trainer = Trainer(network, train, val, config.training, world, _unlabelled(assignment))
+    if state:
         trainer.load_state(state)
-        log.info("goes on after epoch %d", trainer.progress.epoch)
-    _agree_on_epoch(trainer, world)
+        progress = trainer.progress
+        log.info("goes on after epoch %d, image %d of %d", progress.epoch, progress.position, len(train))
+    _agree_on_place(trainer, world)
+    pauses = Pauses(world, assignment.stop, 60 * config.training.checkpoint_minutes)
+    verdict = Verdict(assignment.trying, trainer)
     if not world.first:
-        trainer.fit(lambda metrics: None)
+        trainer.fit(lambda metrics: None, lambda: None, pauses, verdict.agreed)
         return
     journal = Journal(assignment)
-    log.info("%d images, %d steps an epoch, %d ranks on %s", len(train), trainer.steps, world.size, world.device.type)
-    trainer.fit(lambda metrics: journal.epoch(trainer, metrics))
-    journal.finish(trainer)
+    steps = -(-len(train) // trainer.step_images)
+    log.info("%d images, %d steps an epoch, %d ranks on %s", len(train), steps, world.size, world.device.type)
+    trainer.fit(lambda metrics: journal.epoch(trainer, metrics), lambda: journal.keep(trainer), pauses, verdict.agreed)
+    journal.finish(trainer, verdict.reason)
 
 
-def _agree_on_epoch(trainer: Trainer, world: World) -> None:
-    """Nodes that share a volume may see an older checkpoint for a while: training on from it would mix two epochs."""
-    epoch = trainer.progress.epoch
-    if sum_over_ranks([epoch, epoch**2], world) != [world.size * epoch, world.size * epoch**2]:
-        raise Unavailable("the ranks have read checkpoints of different epochs; a retry reads them again")
+def _unlabelled(assignment: Assignment) -> Shard | None:
+    if not isinstance(assignment.config.training.objective, FixMatchConfig):
+        return None
+    return Shard.open(assignment.shards, "unlabelled") if "unlabelled" in read_index(assignment.shards).splits else None
+
+
+def _agree_on_place(trainer: Trainer, world: World) -> None:
+    """Nodes that share a volume may see an older checkpoint for a while: training on from it would mix two states."""
+    place = trainer.progress.epoch * len(trainer.train) + trainer.progress.position
+    if sum_over_ranks([place, place**2], world) != [world.size * place, world.size * place**2]:
+        raise Unavailable("the ranks have read different checkpoints; a retry reads them again")
+
+
+class Verdict:
+    """Whether a trial of a search is given up. Rank 0 alone decides; all ranks ask, and go on or stop together."""
+
+    def __init__(self, trying: Trying | None, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.prospects = Prospects(trying) if trying and trainer.world.first else None
+        self.asks = trying is not None
+        self.reason = ""
+
+    def agreed(self) -> bool:
+        """To be called by all ranks, between two epochs."""
+        if self.prospects:
+            self.reason = self.prospects.verdict(self.trainer.progress.history, self.trainer.seconds)
+        return self.asks and sum_over_ranks([bool(self.reason)], self.trainer.world) != [0]
 
 
 class Journal:
@@ -91,9 +145,11 @@ class Journal:
         self.assignment = assignment
         self.client: MlflowClient = registry.connect(assignment.config)
         with registry.explained("training"):
-            self.run_id = registry.open_run(self.client, assignment.config, assignment.run)
+            trying = assignment.trying
+            self.run_id = trying.mlflow_run_id if trying else registry.open_run(self.client, assignment.config, assignment.run)
             self.page = registry.run_page(self.client, self.run_id)
-            self._log_params()
+            params = registry.settings(assignment.config) | {"data_digest": assignment.data_digest}
+            registry.log_params(self.client, self.run_id, params)
         self.started = time.monotonic()
         self.epochs_logged = 0
 
@@ -111,13 +167,21 @@ class Journal:
         now = int(time.time() * 1000)
         with registry.explained("training"):
             self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, done) for name, value in metrics.items()])
+        self.keep(trainer)
+
+    def keep(self, trainer: Trainer) -> None:
+        """Keep a checkpoint."""
         checkpoint.save(self.assignment.checkpoint, trainer.state(), self.assignment.inputs_digest)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Write the bundle of the best epoch, and the outcome."""
+    def finish(self, trainer: Trainer, given_up: str) -> None:
+        """Write the bundle of the best epoch, or of a trial its weights alone, and the outcome."""
         from cv_factory_ops.training.release import write_bundle
 
-        write_bundle(self.assignment, trainer)
+        network = trainer.best_network()
+        if self.assignment.trying:
+            write_weights(self.assignment.weights, network.state_dict())
+        else:
+            write_bundle(self.assignment, network, trainer.world.device)
         outcome = Outcome(
             mlflow_run_id=self.run_id,
             mlflow_page=self.page,
@@ -126,27 +190,12 @@ class Journal:
             val_auc=round(trainer.progress.best_auc, 6),
             images_per_second=round(trainer.progress.images_per_second, 1),
             world_size=trainer.world.size,
+            history=trainer.progress.history,
+            parameters=sum(weight.numel() for weight in network.parameters()),
+            earlier_seconds=trainer.progress.seconds,
+            given_up=given_up,
         )
         (self.assignment.out / "outcome.json").write_text(outcome.model_dump_json(), encoding="utf-8")
-
-    def _log_params(self) -> None:
-        """A retry keeps the params that an earlier try has logged: MLflow's are written once."""
-        from mlflow.entities import Param
-
-        sections = {"data", "decoding", "splits", "preprocessing", "model", "training", "embedding"}
-        params = _flat(self.assignment.config.model_dump(mode="json", include=sections))
-        params["data_digest"] = self.assignment.data_digest
-        known = self.client.get_run(self.run_id).data.params
-        new = [Param(name, str(value)) for name, value in params.items() if name not in known]
-        self.client.log_batch(self.run_id, params=new)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``section.field``."""
-    items: dict[str, Any] = {}
-    for name, value in tree.items():
-        items |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return items
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def open_base(stage: Stage, *, with_labels: bool = True) -> Opened:
         return opened
     table = read_labels(table_uri, stage.config.labels, stage.domain)
     if table.key == "file":
-        return replace(opened, items=label_files(opened.items, table))
+        keep = stage.config.data.unlabelled == "keep"
+        return replace(opened, items=label_files(opened.items, table, keep=keep))
     return replace(opened, table=table)
 
 
@@ -132,7 +133,7 @@ def inbox_uri(config: ProjectConfig, source: Remote) -> str:
 
 
 def open_captures(stage: Stage) -> Opened:
-    """Captured requests whose labels have arrived; those without are not refused, only not yet of use."""
+    """Captured requests whose labels have arrived, or all; those without are not refused, only not yet of use."""
     from cv_factory_ops.ingestion.sources.captured import captured_items
 
     labels = captures.read_labels(stage.config)

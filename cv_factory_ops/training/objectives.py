@@ -1,0 +1,177 @@
+"""What a training asks of the network: each objective turns a batch into a loss, and leaves a classifier.
+
+Supervised training and fine-tuning share one; contrastive training and FixMatch are others. Each rank sees its own images;
+DDP averages the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, assert_never
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cv_factory_ops.config import AugmentConfig, ContrastiveConfig, FineTuning, FixMatchConfig, SupervisedConfig, TrainingConfig
+from cv_factory_ops.errors import DataError
+from cv_factory_ops.models import Classifier
+from cv_factory_ops.training.data import Shard, augment, mix
+
+
+class Objective(Protocol):
+    """What the loop calls for each batch."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What DDP wraps: the network with whatever else is learned beside it."""
+
+    def loss(self, parallel: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of this rank's images (n, channels, H, W) in 0..1 and labels (n,); ``parallel`` is ``module`` under DDP."""
+
+
+def open_objective(
+    config: TrainingConfig, network: Classifier, class_weights: Tensor | None, unlabelled: Shard | None
+) -> Objective:
+    """The objective that a training declares.
+
+    Raises:
+        DataError: it needs unlabelled images, and there are none.
+    """
+    supervised = Supervised(config, network, class_weights)
+    match config.objective:
+        case SupervisedConfig() | FineTuning():
+            return supervised
+        case ContrastiveConfig():
+            return Contrastive(config.objective, config.augment, supervised)
+        case FixMatchConfig():
+            if unlabelled is None:
+                raise DataError(
+                    "training.objective: fixmatch learns from unlabelled images: none here; set data.unlabelled: keep"
+                )
+            return FixMatch(config.objective, config.augment, supervised, unlabelled)
+        case _:
+            assert_never(config.objective)
+
+
+class Supervised:
+    """Cross entropy with the labels of randomly changed, possibly mixed, images."""
+
+    def __init__(self, config: TrainingConfig, network: Classifier, class_weights: Tensor | None) -> None:
+        self.module = network
+        self._config, self._class_weights = config, class_weights
+
+    def loss(self, parallel: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        images = augment(images, self._config.augment)
+        images, targets = mix(images, labels, self.module.classes, self._config.augment)
+        return self.cross_entropy(parallel(images)[0], targets)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """With labels (n,) or shares of labels (n, classes)."""
+        return cross_entropy(logits, targets, self._class_weights, self._config.label_smoothing)
+
+
+class Contrastive:
+    """SimCLR (Chen et al. 2020) or SupCon (Khosla et al. 2020): two random views of an image, or all images of a label, lie
+    close together.
+
+    The head learns beside it from the labels; its gradient does not reach the backbone, so the embedding is that of the
+    contrastive loss alone, and every epoch can be validated.
+    """
+
+    def __init__(self, config: ContrastiveConfig, view: AugmentConfig, supervised: Supervised) -> None:
+        self._config, self._view, self._supervised = config, view, supervised
+        self.module = _Projected(supervised.module, config.projection).to(supervised.module.mean.device)
+
+    def loss(self, parallel: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        views = torch.cat([augment(images, self._view), augment(images, self._view)])
+        logits, projected = parallel(views)
+        keys = labels if self._config.method == "supcon" else _numbered(images)
+        contrast = contrastive_loss(projected, keys.repeat(2), self._config.temperature)
+        return contrast + self._supervised.cross_entropy(logits, labels.repeat(2))
+
+
+class FixMatch:
+    """Cross entropy with the labels, and, for unlabelled images, with the answer of which the network itself is sure.
+
+    That answer is given for a mildly changed image, and must hold for the strongly changed one (Sohn et al. 2020).
+    """
+
+    def __init__(self, config: FixMatchConfig, weak: AugmentConfig, supervised: Supervised, unlabelled: Shard) -> None:
+        self.module = supervised.module
+        self._config, self._weak, self._supervised, self._unlabelled = config, weak, supervised, unlabelled
+
+    def loss(self, parallel: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        drawn = torch.randint(len(self._unlabelled), (self._config.ratio * len(images),))
+        others = self._unlabelled.batch(drawn.numpy())[0].to(images.device)
+        weak, strong = augment(others, self._weak), augment(others, self._config.strong)
+        logits = parallel(torch.cat([augment(images, self._weak), weak, strong]))[0]
+        known, mild, changed = logits.split([len(images), len(others), len(others)])
+        sure, answers = mild.detach().softmax(1).max(1)
+        wrong = functional.cross_entropy(changed, answers, reduction="none")
+        agreement = (wrong * (sure >= self._config.confidence)).mean()
+        loss: Tensor = self._supervised.cross_entropy(known, labels) + self._config.weight * agreement
+        return loss
+
+
+class _Projected(nn.Module):
+    """A classifier with the projection that contrastive training compares in, and that is thrown away with it."""
+
+    def __init__(self, network: Classifier, features: int) -> None:
+        super().__init__()
+        self.network = network
+        self.projection = nn.Sequential(nn.Linear(network.features, features), nn.ReLU(), nn.Linear(features, features))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.network.embed(images)
+        return self.network.head(embedding.detach()), functional.normalize(self.projection(embedding))
+
+
+def contrastive_loss(vectors: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """Mean over this rank's (n, features) unit vectors of the loss L_out of Khosla et al. (2020), equation 2.
+
+    Those with the same key (n,) belong together, those of all ranks are compared with: with one pair a key it is the NT-Xent
+    loss of SimCLR. Every rank has the same number.
+    """
+    others, their_keys = (_OfAllRanks.apply(own) for own in (vectors, keys))  # type: ignore[no-untyped-call]
+    own = torch.arange(len(vectors), device=vectors.device)
+    itself = torch.zeros(len(vectors), len(others), dtype=torch.bool, device=vectors.device)
+    itself[own, own + dist.get_rank() * len(vectors)] = True
+    log_shares = (vectors @ others.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
+    positive = (keys[:, None] == their_keys) & ~itself
+    loss: Tensor = -(log_shares.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+    return loss
+
+
+class _OfAllRanks(torch.autograd.Function):
+    """(n, ...) of each rank -> (ranks * n, ...) on all ranks; what any rank's loss asks of a rank's rows reaches that rank."""
+
+    @staticmethod
+    def forward(context: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        parts: tuple[Tensor, ...] = total.chunk(dist.get_world_size())
+        return parts[dist.get_rank()]
+
+
+def _numbered(images: Tensor) -> Tensor:
+    """(n,) another number for each image of all ranks."""
+    return torch.arange(len(images), device=images.device) + dist.get_rank() * len(images)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """Mean over a batch of the cross entropy with labels (n,) int64, or with shares of labels (n, classes).
+
+    PyTorch divides by the weights of the labels where those are numbers, but by n where they are shares; here both are means
+    by weight, so that a share of 1 counts as the label itself.
+    """
+    if targets.ndim == 1:
+        return functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing)
+    total = functional.cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=smoothing)
+    return total / (len(targets) if weights is None else (targets @ weights).sum())
