@@ -12,6 +12,7 @@ Its digest (over all files) names it everywhere: MLflow tag, endpoint config, an
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class Bundle:
         """Write a new bundle directory; ``embedder`` where the embedding is not the network's own."""
         from safetensors.numpy import save_file as save_arrays
 
+        shutil.rmtree(path, ignore_errors=True)  # what a rank that died while it wrote has left
         path.mkdir(parents=True)
         write_weights(path / "model.safetensors", network.state_dict())
         if embedder:

@@ -515,8 +515,10 @@ class Member(Frozen):
     """One of the networks of an ensemble."""
 
     model: Model
-    temperature: float = Field(default=1.0, gt=0)
-    """What its outputs are divided by; fitted on validation, so that members are as sure as they may be."""
+    temperature: float = Field(gt=0)
+    """What its outputs are divided by."""
+    bias: list[float]
+    """What is then added to the output of each label."""
     weight: float = Field(gt=0, le=1)
     """Of its probabilities; those of all members sum up to 1."""
 
@@ -943,7 +945,8 @@ Embedding = Annotated[
 
 
 class YoudenPoint(Frozen):
-    """Greatest sum of sensitivity and specificity (Youden 1950)."""
+    """Greatest sum of sensitivity and specificity (Youden 1950); of the thresholds within one standard error of it, the one
+    nearest to 0.5."""
 
     kind: Literal["youden"] = "youden"
 
@@ -1375,6 +1378,17 @@ class ProjectConfig(Frozen):
             raise ValueError(f"preprocessing.size {size}: at least {self.model.least_size} for model.kind {self.model.kind}")
         if isinstance(self.embedding, HogEmbedding) and size < self.embedding.least_size:
             raise ValueError(f"preprocessing.size {size}: at least {self.embedding.least_size} for embedding.cells")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> ProjectConfig:
+        objective, augment = self.training.objective, self.training.augment
+        if isinstance(objective, FineTuning) and (objective.frozen or objective.probe) and not self.model.weights:
+            raise ValueError("model.weights where training.objective freezes stages: they would stay random")
+        if isinstance(objective, ContrastiveConfig | FixMatchConfig) and (augment.mixup or augment.cutmix):
+            raise ValueError(f"training.augment without mixup and cutmix where training.objective is {objective.kind}")
+        if isinstance(objective, FixMatchConfig) and self.data.unlabelled == "refuse":
+            raise ValueError("data.unlabelled: keep where training.objective is fixmatch, which learns from such images")
         return self
 
     @model_validator(mode="after")

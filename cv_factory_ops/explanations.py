@@ -34,9 +34,10 @@ from cv_factory_ops.models import Classifier
 from cv_factory_ops.preprocessing.pipeline import to_tensor
 from cv_factory_ops.records import Frozen
 
-BATCH = 64
-"""Images that the network sees at a time."""
+MOST_PIXELS = 64 * 64 * 64
+"""Of all images that the network sees at a time: with a gradient, those of a ResNet-18 of the usual stem take about a GiB."""
 EXPLAINED_AT_A_TIME = 16
+"""At most."""
 STEPS = 12
 """Equal parts of the pixels that are taken away or put in one after the other."""
 MOVED, SEED = 2, 0
@@ -86,8 +87,9 @@ def explain(
         ConfigError: ``grad_cam``, and no layer of the network keeps places apart.
     """
     maps, forward = [], partial(_log_odds, network, temperature)
-    for start in range(0, len(images), EXPLAINED_AT_A_TIME):
-        part = slice(start, start + EXPLAINED_AT_A_TIME)
+    together = min(_batch_size(images), EXPLAINED_AT_A_TIME)
+    for start in range(0, len(images), together):
+        part = slice(start, start + together)
         found = _attributed(network, forward, images[part], method, torch.from_numpy(targets[part]))
         maps.append(found.detach().numpy())
     return np.concatenate(maps).astype(np.float32)
@@ -105,7 +107,7 @@ def _attributed(
         case IntegratedGradients():
             baseline = _baseline(network, method)
             found: Tensor = attr.IntegratedGradients(forward).attribute(
-                inputs, baseline, target, n_steps=method.steps, internal_batch_size=BATCH
+                inputs, baseline, target, n_steps=method.steps, internal_batch_size=_batch_size(images)
             )
             return found.sum(1)
         case Lime() | Shap():
@@ -114,6 +116,12 @@ def _attributed(
             return torch.cat([_of_superpixels(forward, baseline, method, *one) for one in each])
         case _:
             assert_never(method)
+
+
+def _batch_size(images: NDArray[np.uint16] | Tensor) -> int:
+    """How many of such images, (N, size, size[, 3]) or (N, channels, size, size), go through the network at a time."""
+    size: int = images.shape[2]
+    return max(MOST_PIXELS // size**2, 1)
 
 
 def _log_odds(network: Classifier, temperature: float, images: Tensor) -> Tensor:
@@ -210,7 +218,7 @@ def _of_superpixels(
             target,
             feature_mask=regions,
             n_samples=method.samples,
-            perturbations_per_eval=BATCH,
+            perturbations_per_eval=_batch_size(tensor),
         )
     return found[:, 0]
 
@@ -285,7 +293,7 @@ def _areas(forward: Forward, start: Tensor, end: Tensor, maps: NDArray[np.float3
     changed = torch.linspace(0, ranks[0].numel(), STEPS + 1).round()
     is_changed = ranks[:, None] < changed[:, None, None]
     mixed = torch.where(is_changed.flatten(0, 1).unsqueeze(1), end, start)
-    curves = torch.cat([forward(batch)[:, target].sigmoid() for batch in torch.split(mixed, BATCH)])
+    curves = torch.cat([forward(batch)[:, target].sigmoid() for batch in torch.split(mixed, _batch_size(mixed))])
     areas: list[float] = torch.trapezoid(curves.view(len(maps), -1), dx=1 / STEPS).tolist()
     return areas
 

@@ -96,7 +96,13 @@ def confidence(probabilities: Scores, threshold: float) -> Values:
 
 
 def cumulative(positive: Mask, scores: Scores, weights: Weights) -> tuple[Values, Values, Values]:
-    """True positives (B, T), false positives (B, T) and thresholds (T,), from the strictest, infinity, to the laxest."""
+    """True positives (B, T), false positives (B, T) and thresholds (T,), from the strictest, infinity, to the laxest.
+
+    Raises:
+        ValueError: a score is NaN: it has no place in the order.
+    """
+    if np.isnan(scores).any():
+        raise ValueError("scores that are no numbers cannot be ranked")
     order = np.argsort(-scores, kind="stable")
     last_of_tie = np.r_[np.flatnonzero(np.diff(scores[order])), len(scores) - 1]
     ordered = weights[:, order]

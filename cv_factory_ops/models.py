@@ -90,8 +90,8 @@ def build(config: AnyModel, classes: int, mean: float = 0.0, std: float = 1.0, c
 
 
 def join(config: EnsembleModel, members: Sequence[Classifier]) -> Classifier:
-    """Networks that were trained on the same images as one: its probabilities are the weighted mean of theirs, each at its
-    temperature.
+    """Networks that were trained on the same images as one: its probabilities are the weighted mean of theirs, as the members
+    are calibrated.
 
     Its embedding is theirs side by side, all that the answer is computed from: what only one of them sees is seen.
     """
@@ -113,15 +113,25 @@ class _SideBySide(nn.Module):
 class _MeanAnswer(nn.Module):
     """Logits whose softmax is the weighted mean of what several heads say, each of its part of the embedding."""
 
+    temperatures: Tensor
+    biases: Tensor
+    log_weights: Tensor
+
     def __init__(self, heads: Sequence[nn.Module], widths: Sequence[int], members: Sequence[Member]) -> None:
         super().__init__()
         self.members, self.widths = nn.ModuleList(heads), list(widths)
-        self.temperatures, self.log_weights = [m.temperature for m in members], [math.log(m.weight) for m in members]
+        for name, values in (
+            ("temperatures", [[member.temperature] for member in members]),
+            ("biases", [member.bias for member in members]),
+            ("log_weights", [[math.log(member.weight)] for member in members]),
+        ):  # members x 1 x (classes or 1); the configuration holds them, so the weights need not
+            self.register_buffer(name, torch.tensor(values)[:, None], persistent=False)
 
     def forward(self, embedding: Tensor) -> Tensor:
         parts = torch.split(embedding, self.widths, 1)
-        each = zip(self.members, parts, self.temperatures, self.log_weights, strict=True)
-        return torch.stack([(head(part) / t).log_softmax(1) + weight for head, part, t, weight in each]).logsumexp(0)
+        logits = torch.stack([head(part) for head, part in zip(self.members, parts, strict=True)])
+        answers = (logits / self.temperatures + self.biases).log_softmax(2)
+        return (answers + self.log_weights).logsumexp(0)
 
 
 def _small_cnn(config: SmallCnn, classes: int, channels: int) -> tuple[nn.Module, nn.Module]:

@@ -94,6 +94,7 @@ STAGES = {
             "calibration",
             "mlflow",
         ),
+        "training.train:fingerprint",
         cleanup="training.train:forget_checkpoint",
         grace_seconds=20,
         assist="training.train:assist",

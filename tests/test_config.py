@@ -1,8 +1,10 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,3 +101,21 @@ def test_check_and_schema_on_the_command_line(project: Project) -> None:
     assert "Traceback" not in bad.stderr
     schema = subprocess.run([sys.executable, "-m", "cv_factory_ops.cli", "config", "schema"], capture_output=True, text=True)
     assert "project" in json.loads(schema.stdout)["required"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"training": {"objective": {"kind": "fine_tuning", "probe": True}}}, "model.weights where training.objective freezes"),
+        ({"training": {"objective": {"kind": "fixmatch"}}}, "data.unlabelled: keep where training.objective is fixmatch"),
+        (
+            {"training": {"objective": {"kind": "contrastive"}, "augment": {"mixup": 0.2}}},
+            "training.augment without mixup and cutmix where training.objective is contrastive",
+        ),
+    ],
+)
+def test_objectives_that_would_learn_nothing_are_refused(
+    project: Callable[..., Path], settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        config.load(project(**settings))

@@ -188,8 +188,9 @@ def test_fixmatch_without_unlabelled_images_says_what_to_set() -> None:
 
 
 def test_accumulated_batches_are_one_large_batch(alone: World) -> None:
-    together = weights_after(TrainingConfig(batch_size=8, augment=STILL), alone)
-    apart = weights_after(TrainingConfig(batch_size=3, accumulate=3, augment=STILL), alone)
+    settings = {"augment": STILL, "schedule": "constant", "warmup": 0}
+    together = weights_after(TrainingConfig(batch_size=8, **settings), alone)
+    apart = weights_after(TrainingConfig(batch_size=3, accumulate=3, **settings), alone)
     for name, values in together.items():
         assert values.allclose(apart[name], atol=1e-6), name
     assert not together["head.weight"].allclose(plain().state_dict()["head.weight"], atol=1e-4)
@@ -284,6 +285,33 @@ def test_a_training_that_is_stopped_keeps_its_place_and_repeats_itself_exactly(a
         assert resumed.candidate.state_dict()[name].equal(values), name
     assert retold[0]["train_loss"] == pytest.approx(told[0]["train_loss"], rel=1e-6)
     assert retold[1]["val_auc"] == told[1]["val_auc"]
+
+
+def test_a_network_that_answers_with_no_numbers_is_never_the_best(alone: World) -> None:
+    trainer = Trainer(plain(), shard(), shard(), TrainingConfig(augment=STILL), alone)
+    trainer.network.head.bias.data.fill_(float("nan"))  # type: ignore[union-attr,operator]
+    with pytest.raises(ConfigError, match=r"an answer became non-finite in epoch 1; lower training\.learning_rate"):
+        trainer.validate()
+
+
+def test_seeds_share_no_order() -> None:
+    labels = np.zeros(50, np.int64)
+    orders = [tuple(epoch_order(labels, TrainingConfig(seed=seed), epoch)) for seed in range(3) for epoch in range(3)]
+    assert len(set(orders)) == 9
+
+
+def test_no_batch_of_a_step_is_a_single_image(alone: World) -> None:
+    taken: list[int] = []
+
+    class Counting(Plain):
+        def forward(self, images: Tensor) -> Tensor:
+            taken.append(len(images))
+            return super().forward(images)
+
+    config = TrainingConfig(batch_size=2, accumulate=3, augment=STILL)
+    network = Classifier(SmallCnn(), Counting(), nn.Linear(4, 2), 2, 0.3, 0.2)
+    Trainer(network, shard(), shard(), config, alone).train_step(np.arange(5))
+    assert taken == [3, 2]
 
 
 def test_checkpoints_within_an_epoch_are_kept_by_the_clock(alone: World, tmp_path: Path) -> None:

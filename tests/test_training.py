@@ -199,6 +199,28 @@ def test_torchrun_starts_ranks_again_that_have_died(project: Project, home: Path
     assert weights(home) == restarted
 
 
+def test_torchrun_does_not_repeat_what_cannot_succeed(project: Project, home: Path, run: str) -> None:
+    settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e30, "processes_per_node": 2, "restarts": 3}
+    failed = start_training(project(training=settings), run)
+    _, errors = failed.communicate(timeout=120)
+    assert failed.returncode == 2, errors
+    assert "lower training.learning_rate" in last_line(errors)
+    assert errors.count("steps an epoch") == 1
+
+
+def test_other_weights_at_the_same_place_are_another_training(project: Project, home: Path, run: str) -> None:
+    run_stage("train", load(project()), run)
+    weights = shutil.copy(home / "run" / "train" / "bundle" / "model.safetensors", home / "start.safetensors")
+    config = load(project(model={"kind": "small_cnn", "width": 4, "weights": str(weights)}))
+    first = TrainRecord.model_validate(run_stage("train", config, run).record)
+    assert TrainRecord.model_validate(run_stage("train", config, run).record) == first
+    shutil.copy(home / "run" / "train" / "bundle" / "model.safetensors", weights)
+    second = TrainRecord.model_validate(run_stage("train", config, run).record)
+    assert second.bundle_digest != first.bundle_digest
+    tags = registry.connect(config).get_run(second.mlflow_run_id).data.tags
+    assert tags["cvf.weights_sha256"] == storage.sha256(Path(weights))
+
+
 def test_a_killed_rank_ends_the_others_and_may_be_tried_again(project: Project, home: Path, run: str) -> None:
     path = project(training={"epochs": 500, "batch_size": 4, "processes_per_node": 2})
     training = start_training(path, run)

@@ -1,7 +1,7 @@
 """The cards of model and data: Markdown, and one self-contained HTML page of each that is made from it.
 
 What they say stands in ``model_card.md.jinja`` and ``data_card.md.jinja``. Neither holds an identifier, not even a pseudonym:
-all of it is counts, settings and digests.
+all of it is counts, settings, digests and plots; pictures of patients stay in the MLflow run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from cv_factory_ops.domain import Domain
     from cv_factory_ops.stage import Stage
 
+GALLERIES = ("data.png", "errors.png", "explanations.png")
+"""Pictures that show images of patients."""
 NAMES = ("model_card", "data_card")
 TITLES = {
     "auc": "AUROC",
@@ -51,7 +53,7 @@ def write(stage: Stage, record: EvaluateRecord, bundle: Bundle, pictures: Sequen
     """Write ``<name>.md`` and ``<name>.html`` of each card beside the pictures."""
     templates, facts = _templates(), _facts(stage, record, bundle.manifest)
     for name in NAMES:
-        markdown = templates.get_template(f"{name}.md.jinja").render(facts, pictures=pictures)
+        markdown = templates.get_template(f"{name}.md.jinja").render(facts, pictures=pictures, galleries=GALLERIES)
         (stage.out / f"{name}.md").write_text(markdown, encoding="utf-8")
         title = f"{name.replace('_', ' ').capitalize()}: {stage.config.project}"
         page = templates.get_template("card.html.jinja").render(title=title, body=html(markdown, stage.out, pictures))
@@ -226,10 +228,18 @@ def _settings(config: Frozen) -> str:
     for name in type(config).model_fields:
         value = getattr(config, name)
         if name != "kind" and value not in (None, [], {}):
-            told.append(f"{_title(name)} {_settings(value) if isinstance(value, Frozen) else _plain(str(value))}")
+            told.append(f"{_title(name)} {_value(value)}")
     if not kind:
         return ", ".join(told)
     return f"{_code(kind)} ({', '.join(told)})" if told else _code(kind)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Frozen):
+        return _settings(value)
+    if isinstance(value, list):
+        return "; ".join(map(_value, value))
+    return _plain(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
 def _picture(name: str) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from cv_factory_ops import registry
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.errors import DataError, Rejected
+from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.evaluation import cards, pictures
 from cv_factory_ops.evaluation.bootstrap import Judged
 from cv_factory_ops.evaluation.explanation_gallery import explanation_gallery
@@ -42,12 +42,13 @@ def run(stage: Stage) -> EvaluateRecord:
     """Measure on ``test`` and, where there are new studies, on ``recent``.
 
     Raises:
-        ConfigError: ``evaluation.subgroups`` names unknown metadata.
+        ConfigError: ``evaluation.subgroups`` names unknown metadata, or the champion was trained for other labels.
     """
     train, champion = stage.read(TrainRecord), registry.champion(stage.config)
     bundles = {"challenger": Bundle.load(stage.local(train.bundle))}
     if champion:
         bundles["champion"] = Bundle.load(stage.local(champion.bundle))
+        _require_same_labels(bundles["champion"], stage.config.labels)
     table = predict_splits(stage, bundles)
     table.to_parquet(stage.out / "predictions.parquet", index=False)
     judged = {who: _by_split(table, who, bundle) for who, bundle in bundles.items()}
@@ -74,6 +75,14 @@ def predict_splits(stage: Stage, bundles: Mapping[str, Bundle]) -> pd.DataFrame:
             table = table.assign(**{f"{who}_{i}": probabilities[:, i] for i in range(probabilities.shape[1])})
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def _require_same_labels(champion: Bundle, labels: list[str]) -> None:
+    if champion.manifest.labels != labels:
+        raise ConfigError(
+            f"labels: {', '.join(labels)} given; allowed: {', '.join(champion.manifest.labels)}, in this order, as the champion"
+            " has them: others cannot be compared with it, and are another project"
+        )
 
 
 def _by_split(table: pd.DataFrame, who: str, bundle: Bundle) -> dict[str, Judged]:
@@ -156,10 +165,12 @@ def _overall(challenger: Judged, record: EvaluateRecord) -> Subgroup:
 
 
 def _history(stage: Stage) -> dict[str, dict[int, float]]:
-    """Values by epoch; of an epoch that a resumed training has repeated, the last one."""
+    """Values by epoch; of an epoch that a resumed training has repeated, the last one. A longer one before it is left out."""
     client, run_id = registry.connect(stage.config), stage.read(TrainRecord).mlflow_run_id
     with registry.explained("evaluation"):
-        return {name: {point.step: point.value for point in client.get_metric_history(run_id, name)} for name in CURVES}
+        found = {name: {point.step: point.value for point in client.get_metric_history(run_id, name)} for name in CURVES}
+    last = stage.read(TrainRecord).epochs
+    return {name: {step: value for step, value in points.items() if step <= last} for name, points in found.items()}
 
 
 def _data_picture(shards: Path, labels: list[str]) -> Figure:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from threading import BoundedSemaphore
 
 import torch
 from starlette.applications import Starlette
@@ -42,6 +43,8 @@ IMAGES = (*PICTURES, "application/x-npy")
 CUSTOM_ATTRIBUTES = {f"explain={name}": method for name, method in EXPLANATIONS.items()}
 MOST_EXPLAINED = 4
 """Images of a request that are explained, so that an answer comes within SageMaker's minute."""
+MOST_WAITING = 4
+"""Requests for explanations that may be in hand at a time: more would wait for longer than that minute."""
 
 
 def serve(model: Path, host: str, port: int) -> None:
@@ -72,6 +75,7 @@ def create_app(bundle_dir: Path) -> Starlette:
     domain = open_domain(predictor.manifest.domain)
     threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="predict")
     slow = ThreadPoolExecutor(1, thread_name_prefix="explain")  # who asks for reasons must not hold up the others
+    places = BoundedSemaphore(MOST_WAITING)
 
     @cache
     def explainer() -> Explainer:
@@ -97,8 +101,11 @@ def create_app(bundle_dir: Path) -> Starlette:
         read = partial(_studies, domain, predictor.manifest.decoding, body, content_type)
         work, pool = partial(_answer, predictor, read), threads
         if asked:
+            if not places.acquire(blocking=False):
+                return _refusal(503, "busy", f"{MOST_WAITING} requests for explanations are waiting; try again later")
             into = (domain, body) if is_study_wanted else None
             work, pool = partial(_explain, explainer, read, CUSTOM_ATTRIBUTES[asked], into), slow
+            work = partial(_releasing, places, work)
         return await asyncio.get_running_loop().run_in_executor(pool, _guarded, work)
 
     return Starlette(routes=[Route("/ping", ping), Route("/invocations", invocations, methods=["POST"])])
@@ -118,6 +125,13 @@ def load(bundle_dir: Path) -> Predictor:
     except Exception as error:  # safetensors, torch and numpy each have errors of their own
         raise DataError(f"{bundle_dir}: cannot be loaded as a model bundle ({type(error).__name__})") from error
     return predictor
+
+
+def _releasing(places: BoundedSemaphore, work: Callable[[], Response]) -> Response:
+    try:
+        return work()
+    finally:
+        places.release()
 
 
 def _guarded(work: Callable[[], Response]) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +43,14 @@ class Shard(Dataset[int]):
         return np.bincount(self.labels, minlength=classes)
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed for these numbers; sums of them would repeat themselves."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest())
+
+
 def epoch_order(labels: NDArray[np.int64], config: TrainingConfig, epoch: int) -> NDArray[np.int64]:
     """(N,) the images of an epoch in the order in which all ranks together take them; the same for any number of ranks."""
-    generator = torch.Generator().manual_seed(config.seed + epoch)
+    generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
     if not config.weighted_sampling:
         return torch.randperm(len(labels), generator=generator).numpy()
     weights = torch.from_numpy(1 / np.bincount(labels)[labels])

@@ -7,13 +7,12 @@ crash repeats itself exactly, and no generator state needs saving.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.metrics import auc
 from cv_factory_ops.models import Classifier, freeze, parameter_groups
-from cv_factory_ops.training.data import Shard, epoch_order, share_of
+from cv_factory_ops.training.data import Shard, epoch_order, seed_of, share_of
 from cv_factory_ops.training.distributed import Pauses, World, gather_rows, share_buffers, sum_over_ranks
 from cv_factory_ops.training.objectives import open_objective
 
@@ -155,7 +154,7 @@ class Trainer:
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
-        batches = np.array_split(own, -(-len(own) // self.config.batch_size))
+        batches = np.array_split(own, min(-(-len(own) // self.config.batch_size), max(len(own) // 2, 1)))
         for i, indices in enumerate(batches):
             self._seed(i)
             images, labels = (tensor.to(self.world.device, non_blocking=True) for tensor in self.train.batch(indices))
@@ -169,19 +168,23 @@ class Trainer:
     def _step(self) -> None:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.objective.module.parameters(), self.config.clip_norm)
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):  # a scaler meets this by a smaller scale
-            raise ConfigError(
-                f"training: the gradient became non-finite in epoch {self.progress.epoch + 1}; "
-                f"lower training.learning_rate (now {self.config.learning_rate:g})"
-            )
+        is_scale_left = self.scaler.is_enabled() and self.scaler.get_scale() >= 1  # a scaler goes on with half of it
+        if not torch.isfinite(norm) and not is_scale_left:
+            self._give_up("the gradient")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average:
             self.average.update_parameters(self.network)
 
     def validate(self) -> float:
-        """AUC over the whole validation split, the same number on all ranks."""
+        """AUC over the whole validation split, the same number on all ranks.
+
+        Raises:
+            ConfigError: the network's answers are not finite.
+        """
         probabilities = self.probabilities(self.val)
+        if not np.isfinite(probabilities).all():
+            self._give_up("an answer")
         return auc(self.val.labels, probabilities)
 
     @torch.inference_mode()
@@ -189,10 +192,10 @@ class Trainer:
         """(N, classes) of a split: each rank computes its part, all ranks get all."""
         share_buffers(self.candidate)
         self.candidate.eval()
-        own = np.arange(self.world.rank, len(shard), self.world.size)
+        own, size = np.arange(self.world.rank, len(shard), self.world.size), self.config.batch_size
         parts = [
-            self.candidate(shard.batch(own[start : start + 64])[0].to(self.world.device))[0].softmax(1).cpu()
-            for start in range(0, len(own), 64)
+            self.candidate(shard.batch(own[start : start + size])[0].to(self.world.device))[0].softmax(1).cpu()
+            for start in range(0, len(own), size)
         ]
         rows = torch.cat(parts).numpy() if parts else np.empty((0, self.network.classes), dtype=np.float32)
         return gather_rows(rows, len(shard), self.world)
@@ -224,10 +227,15 @@ class Trainer:
         on_pause()
         sum_over_ranks([], self.world)  # a rank that left now would end the one that writes
 
+    def _give_up(self, what: str) -> NoReturn:
+        raise ConfigError(
+            f"training: {what} became non-finite in epoch {self.progress.epoch + 1}; "
+            f"lower training.learning_rate (now {self.config.learning_rate:g})"
+        )
+
     def _seed(self, batch: int) -> None:
         """Seed the generators for this batch of the step."""
-        place = f"{self.config.seed} {self.progress.epoch} {self.progress.position} {batch} {self.world.rank}"
-        seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest())
+        seed = seed_of(self.config.seed, self.progress.epoch, self.progress.position, batch, self.world.rank)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes a while
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -245,7 +253,8 @@ class Trainer:
         return [group | {"peak": group["lr"]} for group in groups]
 
     def _set_learning_rate(self) -> None:
-        done = (self.progress.epoch + self.progress.position / len(self.train)) / self.config.epochs
+        middle = min(self.progress.position + self.step_images / 2, len(self.train))  # of this step
+        done = (self.progress.epoch + middle / len(self.train)) / self.config.epochs
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share_of_peak(done, self.config)
 

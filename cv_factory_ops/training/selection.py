@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cv_factory_ops.calibration import fit_temperature, tempered
+from cv_factory_ops.calibration import tempered
 from cv_factory_ops.config import (
     BestTrial,
     CalibrationConfig,
@@ -41,8 +41,24 @@ from cv_factory_ops.training.study import Trial
 
 LEAST_WEIGHT = 0.01
 """Of a network in an ensemble; it costs as much time as any other."""
+MOST_TEMPERATURE = 100.0
+"""Of a network that tells nothing: its answers are then almost those of the bias alone."""
 REPEATS = 20
 """Times that one image is answered, to measure how long it takes."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Probabilities p become softmax(log p / temperature + bias)."""
+
+    temperature: float
+    bias: NDArray[np.float64]
+    """(classes,), 0 for the first"""
+
+    def of(self, probabilities: Scores) -> Scores:
+        """(N, classes) -> (N, classes)"""
+        scaled: Scores = np.exp(_log_shares(_logs(probabilities) / self.temperature + self.bias))
+        return scaled
 
 
 @dataclass(frozen=True)
@@ -66,14 +82,15 @@ class Candidate:
         return infer(self.network, self.val.images)[0]
 
     @cached_property
-    def temperature(self) -> float:
-        """At which validation is most likely: networks that are too sure of themselves would count for less in a mean."""
-        return fit_temperature(self.val.labels, self.probabilities)
+    def scaling(self) -> Scaling:
+        """How it is calibrated before it is mixed with others: one that is too sure of itself, or leans to a label, would count
+        for less than what it can tell."""
+        return fit_scaling(self.val.labels, self.probabilities)
 
     @cached_property
-    def tempered(self) -> Scores:
-        """(N, classes) probabilities at that temperature."""
-        return tempered(self.probabilities, self.temperature)
+    def calibrated(self) -> Scores:
+        """(N, classes) probabilities with that scaling."""
+        return self.scaling.of(self.probabilities)
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,11 @@ class Chosen:
             return self.candidates[0].network
         networks, members = [candidate.network for candidate in self.candidates], []
         for candidate, weight in zip(self.candidates, self.weights, strict=True):
-            members.append(Member(model=candidate.config.model, temperature=candidate.temperature, weight=weight))
+            scaling = candidate.scaling
+            member = Member(
+                model=candidate.config.model, temperature=scaling.temperature, bias=scaling.bias.tolist(), weight=weight
+            )
+            members.append(member)
         return join(EnsembleModel(members=members), networks).eval()
 
     @property
@@ -97,7 +118,7 @@ class Chosen:
         """(N, classes)"""
         if len(self.candidates) == 1:
             return self.candidates[0].probabilities
-        mean: Scores = np.tensordot(self.weights, np.stack([each.tempered for each in self.candidates]), 1)
+        mean: Scores = np.tensordot(self.weights, np.stack([each.calibrated for each in self.candidates]), 1)
         return mean
 
 
@@ -173,12 +194,45 @@ def milliseconds(network: Classifier, shard: Shard) -> float:
 
 def _ensemble(candidates: Sequence[Candidate]) -> Chosen:
     labels = candidates[0].val.labels
-    weights = fit_weights(labels, np.stack([each.tempered for each in candidates]))
+    weights = fit_weights(labels, np.stack([each.calibrated for each in candidates]))
     kept = [i for i in np.argsort(-weights, kind="stable") if weights[i] >= LEAST_WEIGHT]
     if len(kept) < len(candidates):
-        weights[kept] = fit_weights(labels, np.stack([candidates[i].tempered for i in kept]))
+        weights[kept] = fit_weights(labels, np.stack([candidates[i].calibrated for i in kept]))
         kept.sort(key=lambda i: -weights[i])
     return Chosen([candidates[i] for i in kept], [float(weights[i]) for i in kept])
+
+
+def fit_scaling(labels: Labels, probabilities: Scores) -> Scaling:
+    """The scaling with which (N, classes) probabilities are most likely right.
+
+    It is that of Platt (1999) with his targets, short of 1 by as much as the number of labels leaves open: without them a
+    network that is always right would get no finite temperature. More than two classes share it (Alexandari et al. 2020).
+    """
+    from scipy.optimize import minimize
+
+    count, classes = probabilities.shape
+    logs, often = _logs(probabilities), np.bincount(labels, minlength=classes)[labels, None]
+    targets = (1 + often * (labels[:, None] == np.arange(classes))) / (often + classes)
+
+    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        scaled = _log_shares(logs * values[0] + np.r_[0, values[1:]])
+        residual = (np.exp(scaled) - targets) / count
+        return -float((targets * scaled).sum() / count), np.r_[(residual * logs).sum(), residual.sum(0)[1:]]
+
+    start, limits = np.r_[1.0, np.zeros(classes - 1)], [(1 / MOST_TEMPERATURE, None)] + [(None, None)] * (classes - 1)
+    found = minimize(loss, start, jac=True, bounds=limits, method="L-BFGS-B", options={"ftol": 1e-14, "gtol": 1e-9})
+    return Scaling(float(1 / found.x[0]), np.r_[0, found.x[1:]])
+
+
+def _logs(probabilities: Scores) -> NDArray[np.float64]:
+    return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny).astype(np.float64))
+
+
+def _log_shares(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    from scipy.special import log_softmax
+
+    shares: NDArray[np.float64] = log_softmax(logits, axis=1)
+    return shares
 
 
 def fit_weights(labels: Labels, probabilities: Scores) -> NDArray[np.float64]:

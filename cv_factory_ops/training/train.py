@@ -166,6 +166,23 @@ def assist(stage: Stage, done: Callable[[], bool]) -> None:
         log.info("%s: nothing has changed: node %d is not needed", stage.name, gang.node)
 
 
+def fingerprint(stage: Stage) -> str:
+    """What weights from elsewhere are: another file at the same place is another training. ``hf://`` is taken by its name."""
+    places = [place for place in _weights(stage.config).values() if not place.startswith("hf://")]
+    return storage.text_digest(json.dumps([list(storage.versions(as_uri(place))) for place in places]))
+
+
+def _weights(config: ProjectConfig) -> dict[str, str]:
+    """Where weights from elsewhere lie, by the name of the setting."""
+    places = {"model.weights": config.model.weights}
+    if isinstance(config.embedding, CnnEmbedding | VitEmbedding):
+        places["embedding.weights"] = config.embedding.weights
+    if config.search:
+        tried = {config.with_settings(settings).model.weights for settings in config.search.probes()}
+        places |= {f"search.space: {place}": place for place in sorted(filter(None, tried))}
+    return {name: place for name, place in places.items() if place}
+
+
 def forget_checkpoint(stage: Stage) -> None:
     """Remove the checkpoints of a training whose bundle is published, and with them the trials of a search."""
     storage.delete_tree(checkpoints(stage.run))
@@ -190,7 +207,7 @@ def assign(stage: Stage, out: Path) -> Assignment:
         shards=shards,
         out=out,
         checkpoint=f"{checkpoints(stage.run)}/last.pt",
-        inputs_digest=storage.text_digest(json.dumps(settings) + preprocess.shards_digest),
+        inputs_digest=storage.text_digest(json.dumps(settings) + preprocess.shards_digest + fingerprint(stage)),
         mean=preprocess.mean,
         std=preprocess.std,
         data_digest=ingest.data_digest,
@@ -206,11 +223,8 @@ def _sound_shards(stage: Stage) -> Path:
     """
     from cv_factory_ops.preprocessing.shards import require_no_leakage, verify
 
-    embedding, places = stage.config.embedding, {"model.weights": stage.config.model.weights}
-    if isinstance(embedding, CnnEmbedding | VitEmbedding):
-        places["embedding.weights"] = embedding.weights
-    for name, place in places.items():
-        if place and not place.startswith("hf://") and not storage.exists(as_uri(place)):
+    for name, place in _weights(stage.config).items():
+        if not place.startswith("hf://") and not storage.exists(as_uri(place)):
             raise DataError(f"{name}: {as_uri(place)}: is not there")
     folder = stage.local(f"{stage.run}/preprocess")
     require_no_leakage(folder)

@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from cv_factory_ops import registry, storage
-from cv_factory_ops.config import FixMatchConfig
+from cv_factory_ops.config import FixMatchConfig, ProjectConfig
 from cv_factory_ops.errors import ConfigError, CvFactoryError, PeerLost, Unavailable, unexpected
 from cv_factory_ops.preprocessing.shards import read_index
 from cv_factory_ops.pretrained import load_weights
@@ -42,7 +43,9 @@ def main(path: str) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=layout, datefmt="%H:%M:%S")
     logging.getLogger("botocore").setLevel(logging.WARNING)
     assignment = Assignment.model_validate_json(Path(path).read_bytes())
-    assignment.failure(int(os.environ["RANK"])).unlink(missing_ok=True)  # of a rank that torchrun has started again
+    if (decided := _decided(assignment)) is not None:
+        return decided
+    assignment.failure(int(os.environ["RANK"])).unlink(missing_ok=True)
     try:
         with join() as world:
             work(assignment, world)
@@ -50,13 +53,21 @@ def main(path: str) -> int:
         return _report(assignment, storage.explained_os_error(error, str(error.filename or assignment.out)))
     except CvFactoryError as error:
         return _report(assignment, error)
-    except torch.OutOfMemoryError:
-        given = f"training.batch_size: {assignment.config.training.batch_size} given"
-        return _report(assignment, ConfigError(f"{given}; allowed: what the GPU's memory suffices for"))
     except Exception as error:
         lost = PeerLost(f"lost a peer: {str(error).splitlines()[0]}") if lost_peer(error) else None
         return _report(assignment, lost or CvFactoryError(unexpected(error)))
     return 0
+
+
+def _decided(assignment: Assignment) -> int | None:
+    """The exit code of ranks that torchrun has started again though no restart can help: told to stop, or failed by their
+    settings or data."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        return None
+    if assignment.stop.exists():
+        return Unavailable.exit_code
+    failures = [Failure.model_validate_json(path.read_bytes()).as_error() for path in assignment.out.glob("failure.*.json")]
+    return next((error.exit_code for error in failures if error.exit_code != Unavailable.exit_code), None)
 
 
 def _report(assignment: Assignment, error: CvFactoryError) -> int:
@@ -88,8 +99,7 @@ def train(assignment: Assignment, world: World) -> None:
     torch.backends.cudnn.benchmark = not config.training.deterministic
     network = assignment.new_network()
     state = checkpoint.load(assignment.checkpoint, assignment.inputs_digest)
-    if config.model.weights and not state:
-        load_weights(network, config.model.weights)
+    loaded = load_weights(network, config.model.weights) if config.model.weights and not state else None
     train, val = (Shard.open(assignment.shards, split) for split in ("train", "val"))
     trainer = Trainer(network, train, val, config.training, world, _unlabelled(assignment))
     if state:
@@ -100,13 +110,27 @@ def train(assignment: Assignment, world: World) -> None:
     pauses = Pauses(world, assignment.stop, 60 * config.training.checkpoint_minutes)
     verdict = Verdict(assignment.trying, trainer)
     if not world.first:
-        trainer.fit(lambda metrics: None, lambda: None, pauses, verdict.agreed)
+        with _memory_explained(config):
+            trainer.fit(lambda metrics: None, lambda: None, pauses, verdict.agreed)
         return
     journal = Journal(assignment)
+    if loaded:
+        with registry.explained("training"):
+            journal.client.set_tag(journal.run_id, "cvf.weights_sha256", loaded.sha256)
     steps = -(-len(train) // trainer.step_images)
     log.info("%d images, %d steps an epoch, %d ranks on %s", len(train), steps, world.size, world.device.type)
-    trainer.fit(lambda metrics: journal.epoch(trainer, metrics), lambda: journal.keep(trainer), pauses, verdict.agreed)
+    with _memory_explained(config):
+        trainer.fit(lambda metrics: journal.epoch(trainer, metrics), lambda: journal.keep(trainer), pauses, verdict.agreed)
     journal.finish(trainer, verdict.reason)
+
+
+@contextlib.contextmanager
+def _memory_explained(config: ProjectConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        given = f"training.batch_size: {config.training.batch_size} given"
+        raise ConfigError(f"{given}; allowed: what the GPU's memory suffices for") from None
 
 
 def _unlabelled(assignment: Assignment) -> Shard | None:
