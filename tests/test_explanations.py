@@ -183,7 +183,9 @@ def test_grad_cam_of_an_ensemble_counts_each_member_by_what_it_adds() -> None:
     kinds = [Vit(patch=8, width=24, layers=1, heads=3), ResNet(depth=10)]
     weights, images = [0.75, 0.25], random_images(2, side=64)
     members = [network_of(kind) for kind in kinds]
-    config = EnsembleModel(members=[Member(model=kind, weight=weight) for kind, weight in zip(kinds, weights, strict=True)])
+    bias = [0.0] * members[0].classes
+    joined = [Member(model=kind, temperature=1, bias=bias, weight=share) for kind, share in zip(kinds, weights, strict=True)]
+    config = EnsembleModel(members=joined)
     found = explain(join(config, members).eval(), images, GradCam(), np.array([0, 0]))
     alone = [explain(member, images, GradCam(), np.array([0, 0])) for member in members]
     for image in range(2):  # a sum of the members' maps, with some positive weight for each

@@ -151,8 +151,8 @@ def test_unlabelled_images_are_learned_from(project: Project, home: Path) -> Non
 
 
 def test_sigterm_within_an_epoch_keeps_what_is_learned_and_changes_nothing(project: Project, home: Path, run: str) -> None:
-    settings = {"epochs": 2, "batch_size": 1, "ema": 0.9, "augment": {"mixup": 0.3, "rotate": 5}}
-    path = project(training=settings, model={"kind": "resnet"}, preprocessing={"size": 96})
+    settings = {"epochs": 1, "batch_size": 1, "ema": 0.9, "augment": {"mixup": 0.3, "rotate": 5}}
+    path = project(training=settings, model={"kind": "resnet", "depth": 10}, preprocessing={"size": 96})
     run_stage("preprocess", load(path), run)
     stopped = start_training(path, run)
     assert stopped.stderr is not None
