@@ -19,7 +19,7 @@ from tests.kubernetes.conftest import PSEUDONYM_KEY as KEY
 from tests.kubernetes.conftest import Seen, context, kill_worker_when, names, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
-LONG = {"epochs": 12, "batch_size": 4, "processes_per_node": 1, "nodes": 2, "learning_rate": 0.003}
+LONG = {"epochs": 80, "batch_size": 4, "processes_per_node": 1, "nodes": 2, "learning_rate": 0.003}
 Train = Callable[..., Any]
 
 
@@ -86,7 +86,7 @@ def test_pods_that_share_only_s3_train_together(
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "a key of the store"}
     api.create_namespaced_secret(namespace, {"metadata": {"name": "s3"}, "stringData": keys})
     root, keys = f"s3://{bucket}/root", {"env_from_secrets": ["s3"]}
-    operator = train(storage=root, training=LONG | {"epochs": 30}, pod=keys, s3=s3_server)
+    operator = train(storage=root, training=LONG | {"epochs": 60}, pod=keys, s3=s3_server)
     checkpoint = f"{root}/tiny/runs/tiny_training.manual__1/checkpoints/last.pt"
     with _when(lambda: storage.exists(checkpoint), lambda: api.delete_namespaced_pod(_gang(api, namespace)[0], namespace)):
         record = operator.execute(context("train"))
