@@ -39,7 +39,7 @@ SYNTAXES = {
     "JPEG 2000": JPEG2000Lossless,
 }
 PIXELS = 24
-"""Different images; every file has its own header and its own noise in a corner, so that none is a duplicate."""
+"""Different images; every file has its own header and its own rescaling of one of them, so that none is a duplicate."""
 
 BARE = """
 import sys
@@ -118,7 +118,8 @@ def write_files(folder: Path, syntax: str, count: int, side: int) -> list[Path]:
         study = templates[i % PIXELS]
         study.PatientID, study.StudyInstanceUID = f"P{i // 4:05d}", f"1.2.826.0.1.3680043.10.99.{i // 4 + 1}"
         study.SOPInstanceUID = study.file_meta.MediaStorageSOPInstanceUID = f"{study.StudyInstanceUID}.{i % 4 + 1}"
-        study.RescaleIntercept = str(-1024 - i // PIXELS % 400)  # no two files show the same pixels
+        steeper, darker = divmod(i // PIXELS, 100)  # no two files show the same pixels
+        study.RescaleSlope, study.RescaleIntercept = str(1 + steeper / 100), str(-1024 - darker)
         target = BytesIO()
         dcmwrite(target, study, enforce_file_format=True)
         (folder / f"{i:06d}.dcm").write_bytes(target.getvalue())

@@ -36,8 +36,8 @@ Kind = Literal["number", "category"]
 class Decoded:
     """One image with what may be known of it; nothing in it identifies a person."""
 
-    image: NDArray[np.float32]
-    """(rows, columns), or (rows, columns, 3) red, green, blue; 0 (black) .. 1 (white) as a viewer would show it."""
+    image: NDArray[np.uint16]
+    """(rows, columns), or (rows, columns, 3) red, green, blue; 0 (black) .. 65535 (white) as a viewer would show it."""
     patient: str = ""
     """Pseudonym of the patient; empty where the format has none."""
     study: str = ""
@@ -123,8 +123,36 @@ class Domain(Protocol):
             Rejected: code ``identified``, or the study cannot be referred to.
         """
 
-    def generate(self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str]) -> None:
-        """Write synthetic studies and ``labels.csv`` (columns ``file``, ``label``) below a directory."""
+    def report(
+        self, study: bytes, label: str, scores: Mapping[str, float], abstained: bool, model: str, software: Sequence[str]
+    ) -> bytes:
+        """What a model answered for this study, as reports are kept beside studies: its label, the probability of each label,
+        and whether a person should decide; ``model`` and ``software`` are its name, and versions and digests.
+
+        Raises:
+            Rejected: code ``identified``, or the study cannot be referred to.
+        """
+
+    def segmentation(self, study: bytes, mask: NDArray[np.uint8], labels: Sequence[str], software: Sequence[str]) -> bytes:
+        """A mask (rows, columns) of this study in the domain's own format, as masks are kept beside studies: 0, or the number,
+        from 1, of one of ``labels``.
+
+        Raises:
+            Rejected: code ``identified``, the study cannot be referred to, or has another shape.
+        """
+
+    def read_mask(self, data: bytes) -> NDArray[np.uint8]:
+        """(rows, columns) the number of each pixel's class, 0 of none, of a mask in the domain's own format.
+
+        Raises:
+            Rejected: it is none, or not of one image.
+        """
+
+    def generate(
+        self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str], masks: bool = False
+    ) -> None:
+        """Write synthetic studies and ``labels.csv`` (columns ``file``, ``label``) below a directory; with ``masks`` also
+        ``masks/``, a PNG of each study with the numbers of its pixels' labels, the first one's being 0."""
 
 
 def open_domain(name: str) -> Domain:
@@ -138,6 +166,14 @@ def open_domain(name: str) -> Domain:
         raise ConfigError(f"domain: {name!r} given; installed: {', '.join(sorted(found)) or 'none'}")
     domain: Domain = found[name].load()
     return domain
+
+
+def to_uint16(image: NDArray[np.floating]) -> NDArray[np.uint16]:
+    """0..1 -> 0..65535: every level of 8-bit and 16-bit images, in half the bytes of floating point."""
+    import numpy as np
+
+    levels: NDArray[np.uint16] = np.rint(image * np.float32(65535.0)).astype("<u2")
+    return levels
 
 
 def pseudonym(value: str, purpose: str) -> str:

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
-from cv_factory_ops.domain import Decoding, FixedWindow, FullWindow
+from cv_factory_ops.domain import Decoding, FixedWindow, FullWindow, to_uint16
+from cv_factory_ops.errors import Rejected
 from domain_medical.dicom import number, numbers, text
 
 Words = NDArray[Any]
 Values = NDArray[np.float64]
-Image = NDArray[np.float32]
+Image = NDArray[np.uint16]
+"""0 (black) .. 65535 (white)"""
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in luminance (ITU-R BT.601)."""
@@ -137,7 +139,7 @@ class Greys:
 
 
 def grey_image(words: Words, frame: Dataset, decoding: Decoding, stored: Stored) -> Image:
-    """(rows, columns), 0 (black) .. 1 (white), of a monochrome frame; ``frame`` has the attributes that hold for it.
+    """(rows, columns) of a monochrome frame; ``frame`` has the attributes that hold for it.
 
     Pixels of the padding value are black, also where MONOCHROME1 is inverted: they are not part of the image, and must not
     be the brightest of it (PS3.3 C.7.5.1.1.2 excludes them from the transformations).
@@ -165,8 +167,8 @@ def palette_image(words: Words, study: Dataset, decoding: Decoding, stored: Stor
     else:  # segmented
         mapped = apply_color_lut(values.astype(np.int64), study)[..., :3]
         colours = mapped / np.iinfo(mapped.dtype).max
-    shown = (colours if decoding.color == "rgb" else colours @ _LUMA).clip(0.0, 1.0).astype(np.float32)
-    image: Image = np.take(shown, words, axis=0)
+    shown = (colours if decoding.color == "rgb" else colours @ _LUMA).clip(0.0, 1.0)
+    image: Image = np.take(_levels(shown), words, axis=0)
     return image
 
 
@@ -174,11 +176,11 @@ def colour_image(words: Words, decoding: Decoding, stored: Stored) -> Image:
     """(rows, columns) or (rows, columns, 3) of a frame of (rows, columns, 3) red, green, blue. No window is for colours."""
     exact = np.dtype(np.float32 if words.itemsize <= 2 else np.float64)
     luma = _LUMA.astype(exact)
-    image = np.empty(words.shape if decoding.color == "rgb" else words.shape[:2], np.float32)
+    image = np.empty(words.shape if decoding.color == "rgb" else words.shape[:2], np.uint16)
     for rows in _blocks(words):
         block = words[rows].astype(exact)
         block /= 2.0**stored.bits - 1
-        image[rows] = (block if decoding.color == "rgb" else block @ luma).clip(0.0, 1.0)
+        image[rows] = _levels((block if decoding.color == "rgb" else block @ luma).clip(0.0, 1.0))
     return image
 
 
@@ -187,16 +189,22 @@ def _mapped(words: Words, greys: Greys) -> Image:
         native = np.ascontiguousarray(words, words.dtype.newbyteorder("="))
         shown: Image = cv2.LUT(native.view(f"u{words.itemsize}"), _grey_table(greys, native.dtype))
         return shown
-    image = np.empty(words.shape, np.float32)
+    image = np.empty(words.shape, np.uint16)
     for rows in _blocks(words):
-        image[rows] = greys(words[rows])
+        image[rows] = _levels(greys(words[rows]))
     return image
+
+
+def _levels(shown: NDArray[np.floating]) -> Image:
+    if not np.isfinite(shown).all():
+        raise Rejected("undecodable", "the pixel data holds values that are not finite")
+    return to_uint16(shown)
 
 
 @lru_cache(maxsize=16)
 def _grey_table(greys: Greys, dtype: np.dtype[Any]) -> Image:
     """The grey level of each possible word; of a signed type, the negative ones come last, where negative indices lead."""
-    return greys(_all_words(dtype)).astype(np.float32)
+    return _levels(greys(_all_words(dtype)))
 
 
 def _all_words(dtype: np.dtype[Any]) -> Words:

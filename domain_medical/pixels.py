@@ -95,8 +95,6 @@ def decode(data: bytes, decoding: Decoding) -> Iterator[Decoded]:
         with _refusing():
             frame = _frame_attributes(study, index)
             image = _shown(next(words), study, frame, decoding, pixels)
-            if not np.isfinite(image).all():
-                _undecodable("the pixel data holds values that are not finite")
         frame_index = index if pixels.frames > 1 else None
         yield Decoded(image, patient, study_uid, instance, frame_index, spacing(frame), known)
 
@@ -133,7 +131,7 @@ def _frame_attributes(study: Dataset, index: int) -> Dataset:
     return attributes
 
 
-def _shown(words: NDArray[Any], study: Dataset, frame: Dataset, decoding: Decoding, pixels: Pixels) -> NDArray[np.float32]:
+def _shown(words: NDArray[Any], study: Dataset, frame: Dataset, decoding: Decoding, pixels: Pixels) -> NDArray[np.uint16]:
     if words.ndim == 3:
         return colour_image(words, decoding, pixels.stored)
     if pixels.photometric == "PALETTE COLOR":

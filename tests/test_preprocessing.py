@@ -21,10 +21,11 @@ from cv_factory_ops import stage as stages
 from cv_factory_ops import storage
 from cv_factory_ops.bundle import Bundle, BundleManifest
 from cv_factory_ops.config import AugmentConfig, Decoding, Embedding, PreprocessingConfig, SmallCnn, Step, load
-from cv_factory_ops.domain import Decoded
+from cv_factory_ops.domain import Decoded, to_uint16
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.ingestion.decode import instances
-from cv_factory_ops.ingestion.manifest import PixelWriter, Place, Row, pixel_digest, to_uint16, write_manifest
+from cv_factory_ops.ingestion.manifest import Row, write_manifest
+from cv_factory_ops.ingestion.pixels import PixelWriter, Place, pixel_digest
 from cv_factory_ops.models import build
 from cv_factory_ops.predictor import Predictor, infer
 from cv_factory_ops.preprocessing import preprocess, shards
@@ -82,7 +83,7 @@ def test_by_default_an_image_is_padded_to_a_square_and_resized(shape: tuple[int,
     square = np.zeros((side, side), np.float32)
     square[top : top + shape[0], left : left + shape[1]] = to_uint16(image) / np.float32(65535)
     expected = cv2.resize(square, (32, 32), interpolation=cv2.INTER_AREA if side > 32 else cv2.INTER_LINEAR)
-    assert (prepare(image, PreprocessingConfig(size=32)) == np.rint(np.clip(expected, 0, 1) * 65535)).all()
+    assert np.abs(prepare(image, PreprocessingConfig(size=32)) - np.clip(expected, 0, 1) * 65535).max() < 0.6
 
 
 def test_steps_are_done_in_their_order() -> None:
@@ -374,7 +375,7 @@ def test_other_settings_start_clean(project: Project, home: Path, caplog: pytest
 
 
 def test_a_stage_that_does_not_resume_starts_clean() -> None:
-    assert [name for name, spec in stages.STAGES.items() if spec.resumes] == ["preprocess"]
+    assert [name for name, spec in stages.STAGES.items() if spec.resumes] == ["preprocess", "predict"]
 
 
 def test_images_without_spacing_end_a_preprocessing_that_needs_it(project: Project, home: Path) -> None:
@@ -677,14 +678,14 @@ def test_colors_spacing_mixing_and_embedding_from_shards_to_an_answer(project: P
     assert bundle.manifest.channels == 3
     predictor = Predictor(bundle)
     predictor.warm_up()
-    (answer,) = predictor.answer([Decoded(noise(30, 20, 3), spacing=(1.0, 1.0))]).predictions
+    (answer,) = predictor.answer([Decoded(to_uint16(noise(30, 20, 3)), spacing=(1.0, 1.0))]).predictions
     assert f"embedding_{7}" in answer.features
     request = {"instances": [noise(30, 20, 3).tolist(), noise(9, 9).tolist()], "spacing": [1, 1]}
     of_request = predictor.answer(instances(json.dumps(request).encode(), bundle.manifest.decoding)).predictions
     assert of_request[0] == answer
     assert len(of_request) == 2
     with pytest.raises(Rejected, match="no pixel spacing"):
-        predictor.answer([Decoded(noise(30, 20, 3))])
+        predictor.answer([Decoded(to_uint16(noise(30, 20, 3)))])
     with pytest.raises(Rejected, match="has 1 channels; the model takes 3"):
-        predictor.answer([Decoded(noise(30, 20), spacing=(1.0, 1.0))])
+        predictor.answer([Decoded(to_uint16(noise(30, 20)), spacing=(1.0, 1.0))])
     assert json.loads((bundle.path / "bundle.json").read_text())["preprocessing"]["steps"][0]["mm"] == 1.5

@@ -1,10 +1,12 @@
 """Processes that decode: a file that hangs, crashes or eats memory costs itself, in bounded time, and nothing else."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from cv_factory_ops.ingestion.manifest import Refusal
 from cv_factory_ops.ingestion.readers import read_all
 from cv_factory_ops.ingestion.sources.item import Item
 
+ODD = Path(__file__).parents[2] / "shared" / "data" / "dicom_odd"
 LIMITS = ValidationConfig(max_seconds=3, max_memory=1 << 30)
 
 
@@ -24,7 +27,10 @@ class Reader:
     def __init__(self, settings: str) -> None:
         self.settings = settings
 
-    def __call__(self, item: Item) -> str:
+    def __call__(self, items: Sequence[Item]) -> list[str]:
+        return [self._read(item) for item in items]
+
+    def _read(self, item: Item) -> str:
         match item.content:
             case b"hang":
                 time.sleep(600)
@@ -88,3 +94,36 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     parent.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert alive == []
+
+
+@pytest.mark.skipif(not ODD.is_dir(), reason="the collection of odd DICOM files is not on this machine")
+def test_odd_files_end_as_images_or_refusals_within_the_limits(tmp_path: Path) -> None:
+    """In a process that has read nothing else, so that its children's memory is that of the readers."""
+    program = (
+        "import json, resource, sys\n"
+        "from pathlib import Path\n"
+        "from cv_factory_ops.config import Decoding, ValidationConfig\n"
+        "from cv_factory_ops.ingestion.manifest import Refusal\n"
+        "from cv_factory_ops.ingestion.readers import read_all\n"
+        "from cv_factory_ops.ingestion.sources.item import Item, Ref\n"
+        "from cv_factory_ops.ingestion.validate import Validated, Validation\n"
+        "if __name__ == '__main__':\n"
+        "    files = sorted(path for path in Path(sys.argv[1]).rglob('*') if path.is_file())\n"
+        "    settings = Validation('medical', ['a'], Decoding(frames='all'), ValidationConfig(), Path(sys.argv[2]))\n"
+        "    items = (Item(str(i), Ref(path.as_uri()), 'a') for i, path in enumerate(files))\n"
+        "    found = list(read_all(items, Validated, settings, ValidationConfig(), 2))\n"
+        "    codes = {one.code for one in found if isinstance(one, Refusal)}\n"
+        "    rows = [one for several in found if not isinstance(several, Refusal) for one in several]\n"
+        "    images = sum(not isinstance(row, Refusal) for row in rows)\n"
+        "    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
+        "    print(json.dumps([len(files), len(found), sorted(codes), images, peak]))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py"), str(ODD), str(tmp_path)]
+    environment = os.environ | {"CVF_PSEUDONYM_KEY": "test"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=600)
+    files, results, codes, images, peak = json.loads(done.stdout.splitlines()[-1])
+    assert results == files
+    assert codes == []  # neither crashed nor too slow nor too large
+    assert images >= 150
+    assert peak < 2 << 20, "KiB"

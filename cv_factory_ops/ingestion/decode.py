@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.domain import Decoded, Decoding, Domain
+from cv_factory_ops.domain import Decoded, Decoding, Domain, to_uint16
 from cv_factory_ops.errors import Rejected
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def decode(data: bytes, content_type: str | None, domain: Domain, decoding: Deco
     if kind in PICTURES or (says_nothing and data.startswith(SIGNATURES)):
         return _picture(data, decoding)
     if kind == "application/x-npy" or (says_nothing and data.startswith(b"\x93NUMPY")):
-        return iter([Decoded(as_unit_range(_npy(data), decoding.color))])
+        return iter([Decoded(as_levels(_npy(data), decoding.color))])
     if kind == "application/json":
         return iter([_instance(data, decoding)])
     if says_nothing:
@@ -59,8 +59,8 @@ def decode_one(data: bytes, content_type: str | None, domain: Domain, decoding: 
     return next(decode(data, content_type, domain, decoding.model_copy(update={"frames": "middle"})))
 
 
-def as_unit_range(array: NDArray[np.generic], color: Literal["grey", "rgb"] = "grey") -> NDArray[np.float32]:
-    """(rows, columns) or (rows, columns, 3) of uint8, uint16, or floating point in 0..1 -> float32 in 0..1 of that color.
+def as_levels(array: NDArray[np.generic], color: Literal["grey", "rgb"] = "grey") -> NDArray[np.uint16]:
+    """(rows, columns) or (rows, columns, 3) of uint8, uint16, or floating point in 0..1 -> 0..65535 of that color.
 
     Raises:
         Rejected: ``undecodable``: another shape, type or range.
@@ -69,15 +69,30 @@ def as_unit_range(array: NDArray[np.generic], color: Literal["grey", "rgb"] = "g
         raise Rejected(
             "undecodable", f"an array of shape {array.shape} given; allowed is rows x columns, or rows x columns x 3"
         )
-    top = {"uint8": 255, "uint16": 65535}.get(array.dtype.name, 1)
-    if top == 1 and array.dtype.kind != "f":
-        raise Rejected("undecodable", f"an array of {array.dtype} given; allowed: uint8, uint16, floating point in 0..1")
-    image: NDArray[np.float32] = array.astype(np.float32) / np.float32(top)
-    if not (image.min() >= 0.0 and image.max() <= 1.0):  # also refuses NaN
-        raise Rejected("undecodable", "an array with values outside of 0..1 given")
+    image = _levels(array)
     if color == "rgb":
         return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
-    return image if image.ndim == 2 else image @ LUMA
+    return image if image.ndim == 2 else np.rint((image @ LUMA).clip(0, 65535)).astype(np.uint16)
+
+
+def _levels(array: NDArray[np.generic]) -> NDArray[np.uint16]:
+    match array.dtype.name:
+        case "uint8":
+            return array.astype(np.uint16) * np.uint16(257)
+        case "uint16":
+            return array.astype(np.uint16, copy=False)  # in this machine's byte order
+        case _ if array.dtype.kind != "f":
+            raise Rejected("undecodable", f"an array of {array.dtype} given; allowed: uint8, uint16, floating point in 0..1")
+    image = array.astype(np.float32)
+    if not (image.min() >= 0.0 and image.max() <= 1.0):  # also refuses NaN
+        raise Rejected("undecodable", "an array with values outside of 0..1 given")
+    return to_uint16(image)
+
+
+def as_unit_range(image: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """(rows, columns) or (rows, columns, 3) levels, 0..65535 -> (rows, columns) luminance in 0..1."""
+    unit: NDArray[np.float32] = image.astype(np.float32) / np.float32(65535)
+    return unit if unit.ndim == 2 else unit @ LUMA
 
 
 def without_metadata(data: bytes) -> tuple[bytes, str]:
@@ -114,7 +129,7 @@ def without_metadata(data: bytes) -> tuple[bytes, str]:
 
 def _picture(data: bytes, decoding: Decoding) -> Iterator[Decoded]:
     for index, values in _pages(data, every=decoding.frames == "all"):
-        yield Decoded(as_unit_range(values, decoding.color), frame=index)
+        yield Decoded(as_levels(values, decoding.color), frame=index)
 
 
 def _pages(data: bytes, *, every: bool) -> Iterator[tuple[int | None, NDArray[np.generic]]]:
@@ -181,7 +196,7 @@ def instances(data: bytes, decoding: Decoding) -> list[Decoded]:
     if not arrays:
         raise Rejected("undecodable", "no instances given; at least one image is needed")
     spacing = (row, column) if 0 < row < math.inf and 0 < column < math.inf else None
-    return [Decoded(as_unit_range(array, decoding.color), spacing=spacing) for array in arrays]
+    return [Decoded(as_levels(array, decoding.color), spacing=spacing) for array in arrays]
 
 
 def _instance(data: bytes, decoding: Decoding) -> Decoded:
@@ -189,3 +204,32 @@ def _instance(data: bytes, decoding: Decoding) -> Decoded:
     if len(found) != 1:
         raise Rejected("undecodable", f"{len(found)} instances given; allowed is one image a request")
     return found[0]
+
+
+def class_numbers(data: bytes) -> NDArray[np.integer]:
+    """Whole numbers, (rows, columns), as a PNG (grey, or indices of a palette) or ``.npy`` file holds them: what a mask is.
+
+    Raises:
+        Rejected: ``undecodable``: it is neither; ``too_large``.
+    """
+    if data.startswith(b"\x93NUMPY"):
+        numbers = _npy(data)
+        if numbers.ndim != 2 or numbers.dtype.kind not in "bui":
+            given = f"is an array of {numbers.dtype} {numbers.shape}"
+            raise Rejected("undecodable", f"{given}; allowed: whole numbers, rows x columns")
+        return numbers.astype(np.int64)
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(data), formats=("PNG",)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise Rejected("too_large", f"has too many pixels; allowed are {MAX_PIXELS}")
+            if picture.mode not in {"1", "L", "P", "I", "I;16"}:
+                raise Rejected("undecodable", f"is a PNG of mode {picture.mode}; allowed: grey, or a palette")
+            return np.asarray(picture).astype(np.int64)
+    except Rejected:
+        raise
+    except MemoryError:
+        raise
+    except Exception:
+        raise Rejected("undecodable", "is neither a PNG nor a .npy file") from None

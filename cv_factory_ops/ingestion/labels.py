@@ -110,6 +110,27 @@ def read_labels(uri: str, allowed: list[str], domain: Domain) -> LabelTable:
     return LabelTable(key, table)
 
 
+def read_files(uri: str) -> dict[str, dict[str, str]]:
+    """What a table says of images that have masks, by ``file``: ``mask`` and ``patient``, each empty where it does not.
+
+    Raises:
+        DataError: it is not there, or is not such a table.
+    """
+    columns, rows = _rows(uri)
+    if "file" not in columns or not columns & {"mask", "patient"}:
+        raise DataError(f"{uri}: needed for masks: column file, and mask, patient, or both")
+    table: dict[str, dict[str, str]] = {}
+    for line, row in rows:
+        cells = {column: _text(row.get(column), f"{uri}: line {line}: {column}") for column in ("file", "mask", "patient")}
+        name, mask = (posixpath.normpath(cells[path]).lstrip("/") if cells[path] else "" for path in ("file", "mask"))
+        if not name or name in table:
+            raise DataError(f"{uri}: line {line}: " + ("this file has a row already" if name else "file is empty"))
+        if mask.startswith(".."):
+            raise DataError(f"{uri}: line {line}: the mask lies outside of the folder of masks")
+        table[name] = {"mask": mask, "patient": cells["patient"]}
+    return table
+
+
 def _text(cell: Any, place: str) -> str:
     if isinstance(cell, dict | list | float | bool):
         raise DataError(f"{place} is neither a text nor a whole number")

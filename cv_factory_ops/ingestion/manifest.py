@@ -6,18 +6,17 @@ then says which of them count and where they lie.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cv_factory_ops.domain import Kind, Metadata
+from cv_factory_ops.ingestion.pixels import Place, read_pixels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,13 +26,15 @@ GROUP = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an image's pixels lie."""
+class StoredMask:
+    """The classes of an image's pixels."""
 
-    file: str
-    offset: int
-    bytes: int
-    """One or two for each value."""
+    place: Place
+    """In the file of the image; as its pixels, a class being a level of 8 bits."""
+    digest: str
+    """SHA-256 of shape and classes."""
+    classes: tuple[int, ...]
+    """Those that it shows, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Row:
     instance: str
     """Pseudonym of the file's own identifier; empty where it has none."""
     label: int
-    """Index into the project's labels; -1 until it is known."""
+    """Index into the project's labels; -1 until it is known. With a mask, the class of the largest region, or 0."""
     split: str
     """As the source fixes it, and empty where it does not, until :func:`cv_factory_ops.ingestion.splits.assign`."""
     source: str
@@ -56,7 +57,7 @@ class Row:
     review: str
     """Why a person should look at it, by commas; empty where there is no reason to."""
     digest: str
-    """SHA-256 of the pixels, see :func:`pixel_digest`."""
+    """SHA-256 of the pixels, see :func:`cv_factory_ops.ingestion.pixels.pixel_digest`."""
     rows: int
     columns: int
     channels: int
@@ -67,6 +68,8 @@ class Row:
     place: Place
     metadata: Metadata
     """Of the domain's names; a column ``meta_<name>`` each."""
+    mask: StoredMask | None = None
+    """Of a segmentation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,62 +81,7 @@ class Refusal:
     reason: str
 
 
-def to_uint16(image: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """0..1 -> 0..65535, as stored and as digested."""
-    pixels: NDArray[np.uint16] = np.rint(image * np.float32(65535.0)).astype("<u2")
-    return pixels
-
-
-def pixel_digest(pixels: NDArray[np.uint16]) -> str:
-    """SHA-256 of the shape and the little-endian pixels."""
-    digest = hashlib.sha256(f"{pixels.shape}".encode())
-    digest.update(np.ascontiguousarray(pixels, "<u2").data)
-    return digest.hexdigest()
-
-
-class PixelWriter:
-    """Appends images to one file; each process has its own. What a killed one leaves behind its last image is never read."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._name = path.name
-        self._offset = 0
-
-    def __enter__(self) -> PixelWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-
-    def append(self, pixels: NDArray[np.uint16]) -> Place:
-        """Write one image of shape (rows, columns) or (rows, columns, 3)."""
-        content = _smallest(pixels).data.cast("B")
-        written = 0
-        while written < len(content):
-            written += self._file.write(content[written:])
-        place = Place(self._name, self._offset, len(content))
-        self._offset += len(content)
-        return place
-
-
-def _smallest(pixels: NDArray[np.uint16]) -> NDArray[np.unsignedinteger]:
-    """Images of 8 bits, scaled to 16, as 8 bits again; nothing else is packed: that would cost more time than decoding."""
-    if _has_8_bits(pixels[:1]) and _has_8_bits(pixels):
-        return (pixels & 255).astype(np.uint8)
-    return np.ascontiguousarray(pixels, "<u2")
-
-
-def _has_8_bits(pixels: NDArray[np.uint16]) -> bool:
-    return bool(np.array_equal((pixels & 255) * np.uint16(257), pixels))
-
-
-def _unpacked(content: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
-    if len(content) == np.prod(shape):
-        return np.frombuffer(content, np.uint8).reshape(shape) * np.uint16(257)
-    return np.frombuffer(content, "<u2").reshape(shape)
-
-
-def write_manifest(folder: Path, rows: Iterable[Row], metadata: Mapping[str, Kind]) -> None:
+def write_manifest(folder: Path, rows: Sequence[Row], metadata: Mapping[str, Kind]) -> None:
     """Write ``manifest.parquet``; ``metadata`` are the domain's names with their kinds."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -142,14 +90,25 @@ def write_manifest(folder: Path, rows: Iterable[Row], metadata: Mapping[str, Kin
     plain = {field.name: kinds[str(field.type)] for field in fields(Row) if str(field.type) in kinds}
     schema = [pa.field(name, kind) for name, kind in plain.items()]
     schema += [pa.field("file", pa.string()), pa.field("offset", pa.int64()), pa.field("bytes", pa.int64())]
+    if any(row.mask for row in rows):
+        schema += [pa.field("mask_offset", pa.int64()), pa.field("mask_bytes", pa.int64())]
+        schema += [pa.field("mask_digest", pa.string())]
     schema += [pa.field(f"meta_{name}", pa.float64() if kind == "number" else pa.string()) for name, kind in metadata.items()]
     table = [
         {name: getattr(row, name) for name in plain}
         | {"file": row.place.file, "offset": row.place.offset, "bytes": row.place.bytes}
+        | _mask_columns(row.mask)
         | {f"meta_{name}": row.metadata.get(name) for name in metadata}
         for row in sorted(rows, key=lambda row: (row.place.file, row.place.offset))
     ]
     pq.write_table(pa.Table.from_pylist(table, pa.schema(schema)), folder / "manifest.parquet")
+
+
+def _mask_columns(mask: StoredMask | None) -> dict[str, Any]:
+    """The image's ``file`` is the mask's as well."""
+    if mask is None:
+        return {}
+    return {"mask_offset": mask.place.offset, "mask_bytes": mask.place.bytes, "mask_digest": mask.digest}
 
 
 def write_quarantine(path: Path, refusals: Iterable[Refusal]) -> None:
@@ -180,8 +139,25 @@ def image_groups(folder: Path) -> list[pd.DataFrame]:
 def read_group(folder: Path, group: pd.DataFrame) -> Iterator[tuple[str, NDArray[np.uint16]]]:
     """Id and pixels of each row of a piece of the manifest; different pieces may be read by different threads."""
     for name, rows in group.groupby("file", sort=False):
-        with (folder / str(name)).open("rb") as file:
-            for row in rows.itertuples():
-                file.seek(row.offset)
-                shape = (row.rows, row.columns) if row.channels == 1 else (row.rows, row.columns, row.channels)
-                yield row.id, _unpacked(file.read(row.bytes), shape)
+        shapes = [
+            (row.rows, row.columns) if row.channels == 1 else (row.rows, row.columns, row.channels) for row in rows.itertuples()
+        ]
+        places = list(zip(rows["offset"], rows["bytes"], shapes, strict=True))
+        yield from zip(rows["id"], read_pixels(folder / str(name), places), strict=True)
+
+
+def read_masks(folder: Path, rows: pd.DataFrame) -> Iterator[NDArray[np.uint8]]:
+    """The mask of each of these rows of the manifest, in their order: (rows, columns), the class of each pixel."""
+    for row in rows.itertuples():
+        [pixels] = read_pixels(folder / str(row.file), [(row.mask_offset, row.mask_bytes, (row.rows, row.columns))])
+        yield as_classes(pixels)
+
+
+def as_levels_of(mask: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """A mask as an image of 8 bits, which takes a byte a pixel where pixels are stored."""
+    return mask.astype(np.uint16) * np.uint16(257)
+
+
+def as_classes(pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """What :func:`as_levels_of` was given."""
+    return (pixels & 255).astype(np.uint8)

@@ -7,7 +7,8 @@ import os
 import resource
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cv_factory_ops.config import ValidationConfig
@@ -33,16 +34,28 @@ _reader: Any = None
 
 def read_all(
     items: Iterable[Item | Refusal],
-    reader: Callable[[Any], Callable[[Item], R]],
+    reader: Callable[[Any], Callable[[Sequence[Item]], Sequence[R]]],
     settings: Any,
     limits: ValidationConfig,
     workers: int | None,
 ) -> Iterator[R | Refusal]:
-    """``reader(settings)(item)`` of each item, in their order; ``reader`` is called once in each process.
+    """What ``reader(settings)(several items)`` makes of each item, in their order; ``reader`` is called once in each process.
 
     An item whose reading takes too long, too much memory, or ends its process becomes a refusal with the code ``too_slow``,
     ``too_large`` or ``crashed``.
     """
+    with reading(reader, settings, limits, workers) as read:
+        yield from read(items)
+
+
+@contextmanager
+def reading(
+    reader: Callable[[Any], Callable[[Sequence[Item]], Sequence[R]]],
+    settings: Any,
+    limits: ValidationConfig,
+    workers: int | None,
+) -> Iterator[Callable[[Iterable[Item | Refusal]], Iterator[R | Refusal]]]:
+    """:func:`read_all` for items that come by and by: the processes stay, starting them takes a second."""
     from pebble import ProcessPool
 
     count = workers or len(os.sched_getaffinity(0))
@@ -55,14 +68,17 @@ def read_all(
     def schedule(batch: Batch) -> Pending:
         return batch, pool.schedule(_read, (batch,), timeout=limits.max_seconds)
 
-    pending: deque[Pending] = deque()
-    try:
+    def read(items: Iterable[Item | Refusal]) -> Iterator[R | Refusal]:
+        pending: deque[Pending] = deque()
         for batch in _batches(items):
             pending.append(schedule(batch))
             if len(pending) >= AHEAD * count:
                 yield from _results(pending.popleft(), schedule, limits)
         while pending:
             yield from _results(pending.popleft(), schedule, limits)
+
+    try:
+        yield read
     finally:
         pool.stop()  # type: ignore[no-untyped-call]
         for process in set(multiprocessing.active_children()) - others:
@@ -83,7 +99,7 @@ def _batches(items: Iterable[Item | Refusal]) -> Iterator[Batch]:
         yield batch
 
 
-def _start(reader: Callable[[Any], Callable[[Item], Any]], settings: Any, max_memory: int, parent: int) -> None:
+def _start(reader: Callable[[Any], Callable[[Sequence[Item]], Any]], settings: Any, max_memory: int, parent: int) -> None:
     global _reader
     die_with(parent)
     keep_memory()
@@ -93,7 +109,8 @@ def _start(reader: Callable[[Any], Callable[[Item], Any]], settings: Any, max_me
 
 
 def _read(batch: Batch) -> list[Any]:
-    return [item if isinstance(item, Refusal) else _reader(item) for item in batch]
+    results = iter(_reader([item for item in batch if isinstance(item, Item)]))
+    return [item if isinstance(item, Refusal) else next(results) for item in batch]
 
 
 def _results(pending: Pending, schedule: Callable[[Batch], Pending], limits: ValidationConfig) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from cv_factory_ops import storage
 from cv_factory_ops.config import Decoding, ValidationConfig
 from cv_factory_ops.domain import Decoded, Domain, open_domain
 from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
-from cv_factory_ops.ingestion.decode import as_unit_range, decode
-from cv_factory_ops.ingestion.manifest import PixelWriter, Refusal, Row, pixel_digest, to_uint16
+from cv_factory_ops.ingestion.decode import as_levels, decode
+from cv_factory_ops.ingestion.manifest import Refusal, Row, StoredMask, as_levels_of
+from cv_factory_ops.ingestion.masks import read_mask
+from cv_factory_ops.ingestion.pixels import PixelWriter, pixel_digest
 from cv_factory_ops.ingestion.sources.item import Item, Ref
 
 SAMPLED_SIDE = 128
@@ -35,15 +37,20 @@ class Validation:
 
 
 class Validated:
-    """Decodes, checks and stores one item after the other."""
+    """Decodes, checks and stores items."""
 
     def __init__(self, settings: Validation) -> None:
         self._settings = settings
         self._domain = open_domain(settings.domain)
         self._pixels = PixelWriter(settings.folder / f"pixels-{os.getpid()}-{os.urandom(4).hex()}.bin")
 
-    def __call__(self, item: Item) -> list[Row | Refusal]:
-        """A row for each frame; where one cannot be used, a refusal."""
+    def __call__(self, items: Sequence[Item]) -> list[list[Row | Refusal]]:
+        """Of each item a row for each frame; where one cannot be used, a refusal. Their pixels are stored then."""
+        results = [self._rows(item) for item in items]
+        self._pixels.flush()
+        return results
+
+    def _rows(self, item: Item) -> list[Row | Refusal]:
         results: list[Row | Refusal] = []
         try:
             for image in frames(item, self._domain, self._settings.decoding):
@@ -55,20 +62,30 @@ class Validated:
     def _row(self, item: Item, image: Decoded) -> Row | Refusal:
         id = frame_id(item, image, self._settings.decoding)
         labels = self._settings.labels
-        if item.label and item.label not in labels:
+        label = labels.index(item.label) if item.label in labels else -1
+        if item.label and label < 0:
             return Refusal(id, "unknown_label", f"its label is none of: {', '.join(labels)}")
         try:
             check(image, item.patient, self._settings.rules)
         except Rejected as error:
             return Refusal(id, error.code, str(error))
-        pixels = to_uint16(image.image)
+        pixels, mask = image.image, None
+        if item.mask:
+            try:
+                classes = read_mask(item.mask.uri, self._domain, pixels.shape[:2], len(labels))
+            except Rejected as error:
+                return Refusal(id, error.code, str(error))
+            place = self._pixels.append(as_levels_of(classes))
+            counts = np.bincount(classes.ravel(), minlength=len(labels))
+            mask = StoredMask(place, pixel_digest(as_levels_of(classes)), tuple(int(c) for c in np.flatnonzero(counts)))
+            label = 1 + int(counts[1:].argmax()) if counts[1:].any() else 0
         row_spacing, column_spacing = image.spacing or (None, None)
         return Row(
             id=id,
             patient=item.patient or image.patient,
             study=image.study,
             instance=image.instance,
-            label=labels.index(item.label) if item.label else -1,
+            label=label,
             split=item.split,
             source=item.source,
             review=item.review,
@@ -80,6 +97,7 @@ class Validated:
             column_spacing=column_spacing,
             place=self._pixels.append(pixels),
             metadata=image.metadata,
+            mask=mask,
         )
 
 
@@ -91,7 +109,7 @@ def frames(item: Item, domain: Domain, decoding: Decoding) -> Iterator[Decoded]:
     """
     match item.content:
         case np.ndarray():
-            return iter([Decoded(as_unit_range(item.content, decoding.color))])
+            return iter([Decoded(as_levels(item.content, decoding.color))])
         case Ref(uri=uri):
             return decode(storage.read_bytes(uri), item.content_type, domain, decoding)
         case content:
@@ -130,7 +148,7 @@ def check(image: Decoded, patient: str, rules: ValidationConfig) -> None:
             raise Rejected("not_allowed", f"{name} is none of those allowed: {', '.join(allowed)}")
     _check_geometry(image, rules)
     low, high = _extremes(image.image)
-    if high - low < rules.blank:
+    if high - low < rules.blank * 65535:
         raise Rejected("blank", "shows nothing: nearly all of its pixels are the same")
 
 
@@ -145,9 +163,10 @@ def _check_geometry(image: Decoded, rules: ValidationConfig) -> None:
         raise Rejected("geometry", f"has a pixel spacing outside of the plausible {least:g} .. {most:g} mm")
 
 
-def _extremes(image: NDArray[np.float32]) -> tuple[float, float]:
+def _extremes(image: NDArray[np.uint16]) -> tuple[int, int]:
     """The 0.1 % and 99.9 % quantiles of intensity; of a large image, over every few rows and columns."""
     rows, columns = (1 + side // SAMPLED_SIDE for side in image.shape[:2])
-    values = np.sort(image[::rows, ::columns], axis=None)
-    last = len(values) - 1
-    return float(values[int(0.001 * last)]), float(values[int(np.ceil(0.999 * last))])
+    values = image[::rows, ::columns].ravel()
+    low, high = int(0.001 * (values.size - 1)), int(np.ceil(0.999 * (values.size - 1)))
+    found = np.partition(values, (low, high))
+    return int(found[low]), int(found[high])

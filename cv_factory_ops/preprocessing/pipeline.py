@@ -21,8 +21,10 @@ from cv_factory_ops.config import (
     SpacingStep,
     Step,
 )
+from cv_factory_ops.domain import to_uint16
 from cv_factory_ops.errors import Rejected
-from cv_factory_ops.ingestion.manifest import to_uint16
+from cv_factory_ops.preprocessing.geometry import Spacing as Spacing
+from cv_factory_ops.preprocessing.geometry import extent
 
 if TYPE_CHECKING:
     import torch
@@ -32,26 +34,22 @@ MAX_PIXELS = 80_000_000
 
 Image = NDArray[np.float32]
 """(rows, columns) or (rows, columns, 3), 0..1."""
-Spacing = tuple[float, float] | None
-"""Distance of neighbouring rows and of neighbouring columns in mm, where it is known."""
+Levels = NDArray[np.uint16]
+"""(rows, columns) or (rows, columns, 3), 0..65535 being 0..1: what steps hand to each other."""
 
 
-def prepare(image: Image | NDArray[np.uint16], config: PreprocessingConfig, spacing: Spacing = None) -> NDArray[np.uint16]:
-    """All steps, then a resize: float32 in 0..1, or uint16 -> (size, size) or (size, size, 3) uint16, 0..65535 being 0..1.
+def prepare(image: Image | Levels, config: PreprocessingConfig, spacing: Spacing = None) -> Levels:
+    """All steps, then a resize to (size, size) or (size, size, 3).
 
-    uint16 keeps every grey level of 8-bit and 16-bit images while halving what training reads. A float image is rounded to it
-    first, as ingestion does: the same study gives the same pixels at training and at serving.
+    A float image is rounded first, as decoding does: the same study gives the same pixels at training and at serving.
 
     Raises:
         Rejected: ``no_spacing``, ``intensity_range`` or ``too_large``, where a step cannot be done.
     """
-    stored = image if image.dtype == np.uint16 else to_uint16(image.astype(np.float32))
-    image = stored.astype(np.float32) / np.float32(65535.0)
+    levels = to_uint16(image.astype(np.float32)) if image.dtype.kind == "f" else np.asarray(image, np.uint16)
     for step in config.steps:
-        image, spacing = _apply(step, image, spacing)
-    image = _resize(image, config.size, config.size)
-    prepared: NDArray[np.uint16] = np.rint(np.clip(image, 0.0, 1.0) * np.float32(65535.0)).astype(np.uint16)
-    return prepared
+        levels, spacing = _apply(step, levels, spacing)
+    return _resize(levels, config.size, config.size)
 
 
 def to_tensor(prepared: NDArray[np.uint16]) -> torch.Tensor:
@@ -62,24 +60,29 @@ def to_tensor(prepared: NDArray[np.uint16]) -> torch.Tensor:
     return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
 
 
-def _apply(step: Step, image: Image, spacing: Spacing) -> tuple[Image, Spacing]:
+def _apply(step: Step, levels: Levels, spacing: Spacing) -> tuple[Levels, Spacing]:
+    match step:
+        case SpacingStep() | ResizeStep():
+            (rows, columns), spacing = extent(step, levels.shape, spacing)
+            return _resize(levels, rows, columns), spacing
+        case CropStep():
+            return _crop(levels, *extent(step, levels.shape, spacing)[0]), spacing
+        case PadStep():
+            return _pad(levels, *extent(step, levels.shape, spacing)[0], round(step.value * 65535)), spacing
+        case _:
+            return to_uint16(_with_intensities(step, levels.astype(np.float32) / np.float32(65535.0))), spacing
+
+
+def _with_intensities(step: ColorStep | NormaliseStep | ClipStep | EqualiseStep, image: Image) -> Image:
     match step:
         case ColorStep():
-            return _color(image, step.space), spacing
+            return _color(image, step.space)
         case NormaliseStep():
-            return _normalise(image, step), spacing
+            return _normalise(image, step)
         case ClipStep():
-            return _clip(image, step.lower, step.upper), spacing
+            return _clip(image, step.lower, step.upper)
         case EqualiseStep():
-            return _equalise(image, step), spacing
-        case SpacingStep():
-            return _resample(image, _known(spacing, step), step.mm)
-        case ResizeStep():
-            return _scale(image, spacing, step)
-        case CropStep():
-            return _crop(image, *_pixels(step, image, spacing)), spacing
-        case PadStep():
-            return _pad(image, *_pixels(step, image, spacing), step.value), spacing
+            return _equalise(image, step)
         case _:
             assert_never(step)
 
@@ -136,59 +139,32 @@ def _equalise(image: Image, step: EqualiseStep) -> Image:
     return result
 
 
-def _known(spacing: Spacing, step: Step) -> tuple[float, float]:
-    if spacing is None:
-        raise Rejected("no_spacing", f"has no pixel spacing; the step {step.kind} needs it")
-    return spacing
-
-
-def _resample(image: Image, spacing: tuple[float, float], mm: float) -> tuple[Image, Spacing]:
-    rows, columns = (max(round(n * old / mm), 1) for n, old in zip(image.shape, spacing, strict=False))
-    return _resize(image, rows, columns), (mm, mm)
-
-
-def _scale(image: Image, spacing: Spacing, step: ResizeStep) -> tuple[Image, Spacing]:
-    rows, columns = image.shape[:2]
-    factor = step.pixels / (min(rows, columns) if step.side == "shorter" else max(rows, columns))
-    resized = _resize(image, max(round(rows * factor), 1), max(round(columns * factor), 1))
-    return resized, spacing and (spacing[0] * rows / resized.shape[0], spacing[1] * columns / resized.shape[1])
-
-
-def _resize(image: Image, rows: int, columns: int) -> Image:
+def _resize(levels: Levels, rows: int, columns: int) -> Levels:
     """Area means where there are fewer pixels afterwards, which does not alias; linear where there are more."""
-    if image.shape[:2] == (rows, columns):
-        return image
+    if levels.shape[:2] == (rows, columns):
+        return levels
     if rows * columns > MAX_PIXELS:
         raise Rejected("too_large", f"would become {rows} x {columns} pixels; allowed are {MAX_PIXELS}")
-    shrinking = rows * columns < image.shape[0] * image.shape[1]
-    resized: Image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+    shrinking = rows * columns < levels.shape[0] * levels.shape[1]
+    resized: Levels = cv2.resize(levels, (columns, rows), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
     return resized
 
 
-def _pixels(step: CropStep | PadStep, image: Image, spacing: Spacing) -> tuple[int, int]:
-    """Rows and columns that a step asks for; by default a square."""
-    if step.mm is not None:
-        row, column = _known(spacing, step)
-        return max(round(step.mm / row), 1), max(round(step.mm / column), 1)
-    side = step.pixels or max(image.shape[:2])
-    return side, side
+def _crop(levels: Levels, rows: int, columns: int) -> Levels:
+    top, left = max(levels.shape[0] - rows, 0) // 2, max(levels.shape[1] - columns, 0) // 2
+    return levels[top : top + rows, left : left + columns]
 
 
-def _crop(image: Image, rows: int, columns: int) -> Image:
-    top, left = max(image.shape[0] - rows, 0) // 2, max(image.shape[1] - columns, 0) // 2
-    return image[top : top + rows, left : left + columns]
-
-
-def _pad(image: Image, rows: int, columns: int, value: float) -> Image:
-    missing_rows, missing_columns = max(rows - image.shape[0], 0), max(columns - image.shape[1], 0)
+def _pad(levels: Levels, rows: int, columns: int, value: int) -> Levels:
+    missing_rows, missing_columns = max(rows - levels.shape[0], 0), max(columns - levels.shape[1], 0)
     if not (missing_rows or missing_columns):
-        return image
-    padded_rows, padded_columns = image.shape[0] + missing_rows, image.shape[1] + missing_columns
+        return levels
+    padded_rows, padded_columns = levels.shape[0] + missing_rows, levels.shape[1] + missing_columns
     if padded_rows * padded_columns > MAX_PIXELS:
         raise Rejected("too_large", f"would become {padded_rows} x {padded_columns} pixels; allowed are {MAX_PIXELS}")
     top, left = missing_rows // 2, missing_columns // 2
     widths = ((top, missing_rows - top), (left, missing_columns - left), (0, 0))
-    return np.pad(image, widths[: image.ndim], constant_values=value)
+    return np.pad(levels, widths[: levels.ndim], constant_values=value)
 
 
 def _unit(image: Image) -> Image:

@@ -19,9 +19,10 @@ import numpy as np
 from cv_factory_ops import storage
 from cv_factory_ops.config import PreprocessingConfig
 from cv_factory_ops.errors import DataError, Rejected
-from cv_factory_ops.ingestion.manifest import image_groups, read_group, read_manifest
+from cv_factory_ops.ingestion.manifest import image_groups, read_group, read_manifest, read_masks
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.preprocessing import shards
+from cv_factory_ops.preprocessing.geometry import Geometry
 from cv_factory_ops.preprocessing.pipeline import Spacing, prepare
 from cv_factory_ops.preprocessing.shards import Images
 from cv_factory_ops.records import PreprocessRecord
@@ -50,8 +51,11 @@ def run(stage: Stage) -> PreprocessRecord:
     folder = stage.local(f"{stage.run}/ingest")
     settings = stage.config.preprocessing
     image = [settings.size, settings.size] + ([3] if stage.config.decoding.channels == 3 else [])
+    masks = stage.config.task == "segmentation"
     counts = write_shards(stage.out, folder, settings, image)
-    index = shards.write_index(stage.out, counts, image)
+    if masks:
+        write_masks(stage.out, folder, settings, image)
+    index = shards.write_index(stage.out, counts, image, masks)
     (stage.out / JOURNAL).unlink()
     mean, std = moments(shards.open_split(stage.out, "train"))
     splits = ", ".join(f"{split} {count}" for split, count in counts.items())
@@ -61,7 +65,7 @@ def run(stage: Stage) -> PreprocessRecord:
         counts=counts,
         mean=mean,
         std=std,
-        shards_digest=storage.text_digest(index.model_dump_json()),
+        shards_digest=storage.text_digest(index.model_dump_json(exclude_defaults=True)),
     )
 
 
@@ -88,6 +92,16 @@ def write_shards(out: Path, folder: Path, config: PreprocessingConfig, image: Se
         for _ in with_progress(_in_threads(work, todo, journal), sum(map(len, todo.values())), "preprocess"):
             pass
     return {split: len(rows) for split, rows in splits.items()}
+
+
+def write_masks(out: Path, folder: Path, config: PreprocessingConfig, image: Sequence[int]) -> None:
+    """Move the masks of all splits as their images were moved; where there are masks, every image has one."""
+    for split, rows in read_manifest(folder).sort_values("id").groupby("split", sort=True):
+        array, known = shards.create(out, str(split), len(rows), image, masks=True), spacings(rows)
+        masks = with_progress(zip(rows["id"], read_masks(folder, rows), strict=True), len(rows), f"masks of {split}")
+        for index, (row_id, mask) in enumerate(masks):
+            array.put(index, Geometry.of((mask.shape[0], mask.shape[1]), config, known[row_id]).prepare(mask))
+        array.flush()
 
 
 class Journal:
@@ -127,7 +141,7 @@ def _journal(path: Path, arrays: Sequence[Images]) -> Iterator[Journal]:
 def _in_threads(work: Callable[[pd.DataFrame], None], todo: dict[str, pd.DataFrame], journal: Journal) -> Iterator[str]:
     """Do all groups, one a core at a time; yields the ids of the images that are done."""
     cv2.setNumThreads(1)  # the pool is the parallelism
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(2 * len(os.sched_getaffinity(0)))  # half of them wait for the disk
     try:
         running = {pool.submit(work, group): key for key, group in todo.items()}
         for future in as_completed(running):
@@ -172,12 +186,12 @@ def spacings(rows: pd.DataFrame) -> dict[str, Spacing]:
 def moments(images: Images) -> tuple[float, float]:
     """Mean and standard deviation over all values, in 0..1; added up as whole numbers, so that no order changes them."""
 
-    def sums(start: int) -> tuple[int, int]:
-        chunk = images[start : start + CHUNK].astype(np.uint32)
-        return int(chunk.sum(dtype=np.uint64)), int(np.square(chunk).sum(dtype=np.uint64))
+    def sums(chunk: slice) -> tuple[int, int]:
+        values = images.read(chunk).astype(np.uint32)
+        return int(values.sum(dtype=np.uint64)), int(np.square(values).sum(dtype=np.uint64))
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        totals, squares = zip(*pool.map(sums, range(0, len(images), CHUNK)), strict=True)
+        totals, squares = zip(*pool.map(sums, images.chunks(CHUNK)), strict=True)
     count = math.prod(images.shape)
     mean, square = sum(totals) / count / 65535, sum(squares) / count / 65535**2
     return mean, max(math.sqrt(max(square - mean**2, 0.0)), 1e-6)

@@ -1,6 +1,7 @@
 """Prepared images on disk: each split as memory-mappable files that any number of DDP workers read without copying.
 
 <split>-00000.npy ...   (n, size, size) or (n, size, size, 3) uint16, 0..65535 being 0..1; at most SHARD_BYTES each
+masks-<split>-00000.npy ...  (n, size, size) uint8, the class of each pixel, where there are masks: as many in a file
 <split>.parquet         the rows of the manifest, in the order of the images
 shards.json             the index: how many images in which file, sizes and SHA-256 of all files
 """
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,15 +50,17 @@ class Index(Frozen):
     """Shape of one image."""
     splits: dict[str, list[File]]
     """The files of each split, in the order of their images; the table of rows comes last."""
+    masks: dict[str, list[File]] = {}
+    """The files of each split's masks, where it has some."""
 
 
 class Images:
-    """Images of one or more arrays as one (N, size, size[, 3]): numbers, slices and arrays of numbers index it.
+    """Images, or masks, of one or more arrays as one (N, size, size[, 3]): numbers, slices and arrays of numbers index it.
 
     A slice within one array is a view of it; everything else copies what is asked for and no more.
     """
 
-    def __init__(self, parts: Sequence[NDArray[np.uint16]]) -> None:
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
         self._parts = parts
         self._ends = np.array(list(accumulate(len(part) for part in parts)))
         self.shape: tuple[int, ...] = (int(self._ends[-1]), *parts[0].shape[1:])
@@ -65,7 +68,7 @@ class Images:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, key: int | np.integer | slice | NDArray[np.integer]) -> NDArray[np.uint16]:
+    def __getitem__(self, key: int | np.integer | slice | NDArray[np.integer]) -> NDArray[Any]:
         if len(self._parts) == 1:
             return self._parts[0][key]
         if isinstance(key, slice):
@@ -77,17 +80,40 @@ class Images:
             key = np.arange(start, stop, step)
         wanted = np.atleast_1d(key)
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
-        found = np.empty((len(wanted), *self.shape[1:]), np.uint16)
+        found = np.empty((len(wanted), *self.shape[1:]), self._parts[0].dtype)
         owner = np.searchsorted(self._ends, wanted, side="right")
         for part in np.unique(owner):
             rows = owner == part
             found[rows] = self._parts[part][wanted[rows] - (self._ends[part] - len(self._parts[part]))]
         return found if isinstance(key, np.ndarray) else found[0]
 
-    def put(self, index: int, image: NDArray[np.uint16]) -> None:
-        """Write one image, in place."""
+    def put(self, index: int, image: NDArray[Any]) -> None:
+        """Write one image into its file, in one piece: a memory map would take it page by page, at six times the cost."""
+        array, offset = self._in_file(index)
+        with open(str(array.filename), "r+b") as file:
+            file.seek(offset)
+            file.write(np.ascontiguousarray(image, array.dtype).data)
+
+    def chunks(self, count: int) -> list[slice]:
+        """All images in slices of at most ``count``, each within one file."""
+        ends = self._ends.tolist()
+        files = zip([0, *ends[:-1]], ends, strict=True)
+        return [slice(i, min(i + count, end)) for start, end in files for i in range(start, end, count)]
+
+    def read(self, chunk: slice) -> NDArray[Any]:
+        """A copy of one of :meth:`chunks`, read from the file: what a memory map shows counts as memory of the process."""
+        array, offset = self._in_file(chunk.start)
+        shape = (chunk.stop - chunk.start, *self.shape[1:])
+        return np.fromfile(str(array.filename), array.dtype, int(np.prod(shape)), offset=offset).reshape(shape)
+
+    def _in_file(self, index: int) -> tuple[np.memmap[Any, Any], int]:
+        """The memory-mapped file that holds an image, and the byte that it starts at."""
         part = int(np.searchsorted(self._ends, index, side="right"))
-        self._parts[part][index - self._ends[part]] = image  # counted from the end of the part
+        array = self._parts[part]
+        if not isinstance(array, np.memmap):
+            raise TypeError("these images do not lie in files")
+        first = index - int(self._ends[part]) + len(array)
+        return array, array.offset + first * int(np.prod(self.shape[1:])) * array.itemsize
 
     def flush(self) -> None:
         """Wait until the disk has what was written."""
@@ -108,16 +134,17 @@ def plan(split: str, count: int, image: Sequence[int]) -> dict[str, int]:
     return {f"{split}-{i:05d}.npy": min(most, count - start) for i, start in enumerate(range(0, count, most))}
 
 
-def create(folder: Path, split: str, count: int, image: Sequence[int]) -> Images:
-    """The memory-mapped arrays of a split, to be written; those that an interrupted try has left are opened again."""
+def create(folder: Path, split: str, count: int, image: Sequence[int], masks: bool = False) -> Images:
+    """The memory-mapped arrays of a split's images or masks, to be written; those that an interrupted try has left are opened
+    again."""
     parts = []
-    for name, images in plan(split, count, image).items():
+    for name, images in (plan_masks if masks else plan)(split, count, image).items():
         shape = (images, *image)
         if (folder / name).exists():
             parts.append(np.load(folder / name, mmap_mode="r+"))
             continue
         draft = folder / f".{name}"
-        np.lib.format.open_memmap(draft, "w+", np.uint16, shape)
+        np.lib.format.open_memmap(draft, "w+", np.uint8 if masks else np.uint16, shape[:3] if masks else shape)
         with draft.open("r+b") as file:  # writing into a hole of a memory map on a full disk would kill the process
             os.posix_fallocate(file.fileno(), 0, draft.stat().st_size)
         draft.rename(folder / name)
@@ -125,19 +152,28 @@ def create(folder: Path, split: str, count: int, image: Sequence[int]) -> Images
     return Images(parts)
 
 
-def write_index(folder: Path, counts: dict[str, int], image: Sequence[int]) -> Index:
+def plan_masks(split: str, count: int, image: Sequence[int]) -> dict[str, int]:
+    """As :func:`plan`, beside it: the masks of a file of images are a file."""
+    return {f"masks-{name}": images for name, images in plan(split, count, image).items()}
+
+
+def write_index(folder: Path, counts: dict[str, int], image: Sequence[int], masks: bool = False) -> Index:
     """Digest what was written, and write ``shards.json``."""
-    splits: dict[str, list[File]] = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for split, count in counts.items():
-            held = plan(split, count, image) | {f"{split}.parquet": 0}
+
+        def files(held: dict[str, int]) -> list[File]:
             digests = pool.map(lambda name: storage.sha256(folder / name), held)
-            splits[split] = [
+            return [
                 File(name=name, images=images, bytes=(folder / name).stat().st_size, sha256=digest)
                 for (name, images), digest in zip(held.items(), digests, strict=True)
             ]
-    index = Index(image=list(image), splits=splits)
-    (folder / INDEX).write_text(index.model_dump_json(indent=1), encoding="utf-8")
+
+        index = Index(
+            image=list(image),
+            splits={split: files(plan(split, count, image) | {f"{split}.parquet": 0}) for split, count in counts.items()},
+            masks={split: files(plan_masks(split, count, image)) for split, count in counts.items()} if masks else {},
+        )
+    (folder / INDEX).write_text(index.model_dump_json(indent=1, exclude_defaults=True), encoding="utf-8")
     return index
 
 
@@ -147,14 +183,28 @@ def open_split(folder: Path, split: str) -> Images:
     Raises:
         DataError: the index or a file is missing, or a file is not as large as it was.
     """
+    if parts := _open(folder, read_index(folder).splits.get(split, [])):
+        return Images(parts)
+    raise DataError(f"{folder}: holds no split {split!r}")
+
+
+def open_masks(folder: Path, split: str) -> Images | None:
+    """The masks of a split's images, memory-mapped; None where there are none.
+
+    Raises:
+        DataError: as :func:`open_split`.
+    """
+    parts = _open(folder, read_index(folder).masks.get(split, []))
+    return Images(parts) if parts else None
+
+
+def _open(folder: Path, files: Iterable[File]) -> list[NDArray[Any]]:
     parts = []
-    for file in read_index(folder).splits.get(split, []):
+    for file in files:
         _require_size(folder / file.name, file)
         if file.images:
             parts.append(np.load(folder / file.name, mmap_mode="r", allow_pickle=False))
-    if not parts:
-        raise DataError(f"{folder}: holds no split {split!r}")
-    return Images(parts)
+    return parts
 
 
 def read_rows(folder: Path, split: str) -> pd.DataFrame:
@@ -182,7 +232,8 @@ def verify(folder: Path) -> None:
     Raises:
         DataError: naming the first file that is not as it was written.
     """
-    files = [file for split in read_index(folder).splits.values() for file in split]
+    index = read_index(folder)
+    files = [file for split in (*index.splits.values(), *index.masks.values()) for file in split]
     for file in files:
         _require_size(folder / file.name, file)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

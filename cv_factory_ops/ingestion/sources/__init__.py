@@ -31,6 +31,7 @@ from cv_factory_ops.ingestion.sources.inbox import Inbox
 from cv_factory_ops.ingestion.sources.item import Item as Item
 from cv_factory_ops.ingestion.sources.item import Opened as Opened
 from cv_factory_ops.ingestion.sources.item import Ref as Ref
+from cv_factory_ops.ingestion.sources.masks import Masks, open_masks
 
 if TYPE_CHECKING:
     from cv_factory_ops.stage import Stage
@@ -59,7 +60,10 @@ def open_base(stage: Stage, *, with_labels: bool = True) -> Opened:
 
     source = stage.config.data.source
     table_uri = _label_table(stage, source)
-    opened = _open(stage, source, table_uri)
+    masks = open_masks(stage, source, table_uri) if stage.config.task == "segmentation" else None
+    opened = _open(stage, source, table_uri, masks)
+    if masks:
+        return replace(opened, items=masks.given_to(opened.items)) if with_labels else opened
     if not with_labels or not table_uri:
         return opened
     table = read_labels(table_uri, stage.config.labels, stage.domain)
@@ -75,17 +79,18 @@ def _label_table(stage: Stage, source: Source) -> str:
         from cv_factory_ops.ingestion.sources import files
 
         return f"{files.phantoms(stage, source)}/labels.csv"
-    return as_uri(source.labels) if not isinstance(source, NpzSource | HttpSource | KafkaSource) else ""
+    return as_uri(source.labels) if not isinstance(source, NpzSource | HttpSource | KafkaSource) and source.labels else ""
 
 
-def _open(stage: Stage, source: Source, table_uri: str) -> Opened:
+def _open(stage: Stage, source: Source, table_uri: str, masks: Masks | None) -> Opened:
     from cv_factory_ops.ingestion.sources import arrays, files
 
+    hidden = {table_uri} | (masks.hidden if masks else set())
     match source:
         case PhantomSource():
-            return files.open_files(table_uri.rpartition("/")[0], stage, hidden=table_uri)
+            return files.open_files(table_uri.rpartition("/")[0], stage, hidden)
         case FileSource():
-            return files.open_files(as_uri(source.path), stage, hidden=table_uri)
+            return files.open_files(as_uri(source.path), stage, hidden)
         case NpzSource():
             return arrays.open_npz(source, stage)
         case _:
@@ -148,7 +153,7 @@ def fingerprint(stage: Stage) -> str:
         case PhantomSource():
             pass
         case FileSource() as source:
-            places = [as_uri(source.path), as_uri(source.labels)]
+            places = [as_uri(place) for place in (source.path, source.labels, source.masks) if place]
         case NpzSource() as source:
             places = [as_uri(source.path)]
         case _:

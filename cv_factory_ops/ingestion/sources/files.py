@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -36,7 +36,8 @@ INDEX = "DICOMDIR"
 def phantoms(stage: Stage, source: PhantomSource) -> str:
     """URI of the generated studies: made once for the same settings, complete or not there at all."""
     config = stage.config
-    settings = [cv_factory_ops.__version__, config.domain, config.labels, source.model_dump(mode="json")]
+    settings: list[object] = [cv_factory_ops.__version__, config.domain, config.labels, source.model_dump(mode="json")]
+    settings += ["masks"] if config.task == "segmentation" else []
     name = storage.text_digest(repr(settings))[:16]
     folder = (storage.path_of(config.root) or stage.workspace) / "phantoms"
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,14 +48,19 @@ def phantoms(stage: Stage, source: PhantomSource) -> str:
             draft = folder / f".{name}"
             shutil.rmtree(draft, ignore_errors=True)
             stage.domain.generate(
-                draft, patients=source.patients, image_size=source.image_size, seed=source.seed, labels=config.labels
+                draft,
+                patients=source.patients,
+                image_size=source.image_size,
+                seed=source.seed,
+                labels=config.labels,
+                masks=config.task == "segmentation",
             )
             draft.rename(folder / name)
     return (folder / name).as_uri()
 
 
-def open_files(uri: str, stage: Stage, hidden: str = "") -> Opened:
-    """The files of a directory, prefix, archive or DICOMDIR; ``hidden`` is the URI of one among them that is no image.
+def open_files(uri: str, stage: Stage, hidden: Collection[str] = ()) -> Opened:
+    """The files of a directory, prefix, archive or DICOMDIR; ``hidden`` are the URIs of those among them that are no images.
 
     Raises:
         DataError: it is not there, or holds no files.
@@ -66,7 +72,7 @@ def open_files(uri: str, stage: Stage, hidden: str = "") -> Opened:
     return Opened(len(names), items)
 
 
-def _names(uri: str, domain: Domain, hidden: str) -> list[str]:
+def _names(uri: str, domain: Domain, hidden: Collection[str]) -> list[str]:
     """Files relative to ``uri``; the empty name is ``uri`` itself."""
     path = storage.path_of(uri)
     if path is not None and not path.exists():
@@ -77,7 +83,7 @@ def _names(uri: str, domain: Domain, hidden: str) -> list[str]:
         if (listed := domain.listed(storage.read_bytes(uri))) is not None:
             return [f"../{name}" for name in listed]
         raise DataError(f"{uri}: is a file; allowed: a directory, a {INDEX}, or an archive ({', '.join(ARCHIVES)})")
-    return [name for name in storage.listing(uri) if storage.join(uri, name) != hidden and not _is_no_image(name)]
+    return [name for name in storage.listing(uri) if storage.join(uri, name) not in hidden and not _is_no_image(name)]
 
 
 def _is_no_image(name: str) -> bool:

@@ -37,6 +37,8 @@ class Item:
     split: str = ""
     """The split that the source fixes, if any."""
     source: str = "base"
+    mask: Ref | None = None
+    """Of a segmentation: where the classes of its pixels lie."""
     review: str = ""
     """Why a person should look at it: codes of the domain's de-identification, by commas."""
 
