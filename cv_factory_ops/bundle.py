@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import AnyModel, Decoding, Embedding, ModelEmbedding, PreprocessingConfig
+from cv_factory_ops.config import AnyModel, Decoding, Embedding, ModelEmbedding, PreprocessingConfig, Unet
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.records import Frozen
@@ -64,6 +64,11 @@ class BundleManifest(Frozen):
     test_digest: str
     code_version: str
     git_sha: str
+
+    @property
+    def task(self) -> Literal["classification", "segmentation"]:
+        """What the network answers for: an image, or each of its pixels."""
+        return "segmentation" if isinstance(self.model, Unet) else "classification"
 
     @property
     def channels(self) -> int:

@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import logging
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,7 +81,7 @@ def add_labels(config: ProjectConfig, labels: Mapping[str, str]) -> str:
     """Store late labels, ``{inference id: label}``; returns the URI of the new file."""
     name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     lines = [json.dumps({"inference_id": key, "label": label}) for key, label in labels.items()]
-    uri = f"{config.root}/labels/{name}.jsonl"
+    uri = f"{config.root}/labels/{name}-{secrets.token_hex(4)}.jsonl"  # several gateways may store at the same moment
     storage.write_bytes(uri, ("\n".join(lines) + "\n").encode())
     return uri
 

@@ -15,12 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import cv_factory_ops
-from cv_factory_ops.errors import CvFactoryError, Interrupted, unexpected
+from cv_factory_ops.errors import ConfigError, CvFactoryError, Interrupted, unexpected
+
+if TYPE_CHECKING:
+    from cv_factory_ops.stage import Order
 
 GRACE_SECONDS = 1.5
 """Time in which a stage that gets SIGTERM tidies up, unless it asks for more."""
@@ -57,7 +61,15 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"cvf {cv_factory_ops.__version__}")
     commands = root.add_subparsers(dest="name", required=True, metavar="COMMAND", title="stages and commands")
     for name, spec in STAGES.items():
-        _stage_arguments(_add(commands, name, spec.help, _stage))
+        stage = _add(commands, name, spec.help, BY_HAND.get(name, _stage))
+        _stage_arguments(stage, run_required=name != "promote")
+        _person_arguments(name, stage)
+    rollback = _add(commands, "rollback", "move endpoint and alias champion back, by hand", _rollback)
+    rollback.add_argument("--config", required=True, metavar="FILE", help="the project's YAML")
+    rollback.add_argument("--to", type=int, metavar="VERSION", help="a version that has been champion; by default `previous`")
+    rollback.add_argument("--why", required=True, metavar="TEXT", help="the reason, for the history")
+    rollback.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting; repeatable")
+    _audit_arguments(commands)
     _stage_arguments(_add(commands, "run", "all stages of a training, one after the other", _run))
     _config_arguments(commands)
     deidentify = _add(commands, "deidentify", "copy studies without identity, ready to be sent", _deidentify)
@@ -82,6 +94,15 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--model", default=os.environ.get("SM_MODEL_DIR", "/opt/ml/model"), help="bundle directory")
     serve.add_argument("--host", default="0.0.0.0")  # noqa: S104 - a container serves its network
     serve.add_argument("--port", type=int, default=8080)
+    gateway = _add(commands, "gateway", "the project's HTTP interface in front of its endpoint: /predict and others", _gateway)
+    _project_arguments(gateway)
+    gateway.add_argument("--host", default="127.0.0.1")
+    gateway.add_argument("--port", type=int, default=8000)
+    key = _add(commands, "gateway-key", "make an API key for the gateway; it is printed once and kept nowhere", _gateway_key)
+    _project_arguments(key)
+    key.add_argument("caller", metavar="NAME", help="whose key it is: small letters, digits and hyphens")
+    stream = _add(commands, "stream", "answer the messages of one Kafka topic in another, until SIGTERM", _stream)
+    _project_arguments(stream)
     endpoint = _add(commands, "endpoint", "the SageMaker-compatible endpoint of this machine", _endpoint)
     endpoint.add_argument("--state", default="var/endpoint", help="directory of its state")
     endpoint.add_argument("--host", default="127.0.0.1")
@@ -98,11 +119,41 @@ def _add(
     return parser
 
 
-def _stage_arguments(parser: argparse.ArgumentParser) -> None:
+def _stage_arguments(parser: argparse.ArgumentParser, run_required: bool = True) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="the project's YAML")
-    parser.add_argument("--run", required=True, metavar="URI", help="run directory: a path, file:// or s3://")
+    parser.add_argument("--run", required=run_required, metavar="URI", help="run directory: a path, file:// or s3://")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting; repeatable")
     parser.add_argument("--force", action="store_true", help="work again even if nothing has changed")
+
+
+def _project_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="the project's YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting; repeatable")
+
+
+def _person_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    """What a person adds to the two stages that may wait for one."""
+    if name == "approve":
+        parser.add_argument("--by", required=True, metavar="NAME", help="who answers")
+        parser.add_argument("--reject", action="store_true", help="the answer is no")
+        parser.add_argument("--note", default="", metavar="TEXT", help="what that person says to it")
+        parser.add_argument("--at", metavar="TIME", help="when it was answered, ISO 8601; by default now")
+    if name == "promote":
+        parser.add_argument("--to", type=int, metavar="VERSION", help="by hand: roll this version out, verify and promote it")
+        parser.add_argument("--why", metavar="TEXT", help="by hand: the reason, for the history")
+        parser.add_argument("--override", default="", metavar="TEXT", help="by hand: why it may pass where the gate refused")
+
+
+def _audit_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    audit = commands.add_parser("audit", help="check or print the history of a project's aliases; needs no MLflow")
+    actions = audit.add_subparsers(dest="action", required=True, metavar="ACTION")
+    verify = actions.add_parser("verify", help="check that no entry was changed, taken out or put in")
+    verify.add_argument("--holds", default="", metavar="DIGEST", help="of an entry that was noted elsewhere and must be there")
+    verify.set_defaults(command=_audit_verify)
+    table = actions.add_parser("log", help="print it as a table")
+    table.set_defaults(command=_audit_log)
+    for parser in (verify, table):
+        parser.add_argument("--config", required=True, metavar="FILE", help="the project's YAML")
 
 
 def _config_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -115,6 +166,10 @@ def _config_arguments(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _stage(options: argparse.Namespace) -> int:
+    return _ordered(options, None)
+
+
+def _ordered(options: argparse.Namespace, order: Order | None) -> int:
     from cv_factory_ops.config import as_uri, load
     from cv_factory_ops.stage import STAGES, assist_stage, node_rank, run_stage
 
@@ -123,7 +178,7 @@ def _stage(options: argparse.Namespace) -> int:
         if STAGES[options.name].assist and node_rank() > 0:
             assist_stage(options.name, config, run, force=options.force)
             return 0
-        result = run_stage(options.name, config, run, force=options.force)
+        result = run_stage(options.name, config, run, force=options.force, order=order)
     if not sys.stdout.isatty():
         print(result.model_dump_json())
     return 0
@@ -138,6 +193,68 @@ def _run(options: argparse.Namespace) -> int:
         for name in TRAINING:
             run_stage(name, config, as_uri(options.run), force=options.force)
     return 0
+
+
+def _approve(options: argparse.Namespace) -> int:
+    from cv_factory_ops.errors import ConfigError
+    from cv_factory_ops.stage import Order
+
+    try:
+        time = datetime.fromisoformat(options.at).astimezone(UTC) if options.at else None
+    except ValueError:
+        raise ConfigError(f"--at: {options.at!r} given; allowed: a time by ISO 8601, 2026-01-31T12:00:00+00:00") from None
+    return _ordered(options, Order("rejection" if options.reject else "approval", options.by, options.note, time=time))
+
+
+def _promote(options: argparse.Namespace) -> int:
+    """The stage of a run; with a reason, what a person does by hand."""
+    from cv_factory_ops import promotion
+    from cv_factory_ops.config import as_uri, load
+    from cv_factory_ops.errors import ConfigError
+    from cv_factory_ops.registry import run_of
+
+    if (options.run is None) == (options.to is None):
+        raise ConfigError("--run and --to: give one of them")
+    by_hand = options.to is not None or options.why is not None or options.override
+    if not by_hand:
+        return _stage(options)
+    if not options.why:
+        raise ConfigError("--why: not given; allowed: the reason, for the history")
+    with _ended_by_sigterm(options.name):
+        config = load(options.config, options.set)
+        run = as_uri(options.run) if options.run else run_of(config, options.to)
+        print(promotion.promote_by_hand(config, run, options.why, options.override).summary)
+    return 0
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import load
+    from cv_factory_ops.promotion import rollback
+
+    with _ended_by_sigterm(options.name):
+        print(rollback(load(options.config, options.set), options.to, options.why).summary)
+    return 0
+
+
+def _audit_verify(options: argparse.Namespace) -> int:
+    from cv_factory_ops.audit import verify
+    from cv_factory_ops.config import load
+
+    entries = verify(load(options.config), options.holds)
+    print(f"{len(entries)} entries, unbroken" + (f", the newest is {entries[-1].digest}" if entries else ""))
+    return 0
+
+
+def _audit_log(options: argparse.Namespace) -> int:
+    from cv_factory_ops.audit import entries, table
+    from cv_factory_ops.config import load
+
+    print(table(list(entries(load(options.config)))))
+    return 0
+
+
+BY_HAND = {"approve": _approve, "promote": _promote}
+"""Stages that do more when a person runs them."""
 
 
 @contextmanager
@@ -216,6 +333,34 @@ def _serve(options: argparse.Namespace) -> int:
     from cv_factory_ops.serving.app import serve
 
     serve(Path(options.model), options.host, options.port)
+    return 0
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import load
+
+    config = load(options.config, options.set)
+    try:
+        from cv_factory_ops.gateway.app import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"needs {error.name}: pip install 'cv-factory[gateway]'") from None
+    serve(config, options.host, options.port)
+    return 0
+
+
+def _gateway_key(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import load
+    from cv_factory_ops.gateway.keys import make_key
+
+    print(make_key(load(options.config, options.set).gateway.access, options.caller))
+    return 0
+
+
+def _stream(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import load
+    from cv_factory_ops.stream import run
+
+    run(load(options.config, options.set))
     return 0
 
 

@@ -53,9 +53,13 @@ class FileSource(Frozen):
     path: str
     """Directory or ``s3://bucket/prefix`` that is searched recursively, an archive (``.zip``, ``.tar``, ``.tar.gz``), or a
     ``DICOMDIR``."""
-    labels: str
+    labels: str | None = None
     """Table of labels, see ``docs/sources.md``: CSV, or JSON (a list of objects), with ``label`` (one of ``labels`` of the
-    project), one of ``file`` (path below ``path``), ``study`` and ``instance`` (DICOM UIDs), and optionally ``patient``."""
+    project), one of ``file`` (path below ``path``), ``study`` and ``instance`` (DICOM UIDs), and optionally ``patient``. A
+    segmentation needs none, or one with ``file``, and ``mask`` or ``patient`` or both."""
+    masks: str | None = None
+    """Of a segmentation: directory or ``s3://bucket/prefix`` with a mask for each image, of the same relative path but for its
+    ending (``.png``, ``.npy``, or the domain's own); paths of the column ``mask`` are relative to it, or to ``path``."""
 
 
 class NpzSource(Frozen):
@@ -508,7 +512,31 @@ class Vit(_Vit, _Network):
     dropout: Share = 0.1
 
 
-Model = Annotated[SmallCnn | ResNet | DenseNet | EfficientNet | Vit, Field(discriminator="kind")]
+class Unet(_Network):
+    """U-Net of MONAI with residual units (Ronneberger et al. 2015, Kerfoot et al. 2019): it answers for every pixel, where
+    ``task`` is ``segmentation``."""
+
+    kind: Literal["unet"] = "unet"
+    width: int = Field(default=16, ge=2, le=256)
+    """Channels of the first level; each further level doubles them."""
+    levels: int = Field(default=4, ge=2, le=7)
+    """Resolutions, each half of the one before; ``preprocessing.size`` is a multiple of the lowest one's factor."""
+    residual_units: int = Field(default=2, ge=0, le=4)
+    """Convolutions of a level on the way down, with a shortcut; 0 has one without."""
+    dropout: Share = 0.0
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a side become one at the lowest resolution."""
+        return int(2 ** (self.levels - 1))
+
+    @property
+    def least_size(self) -> int:
+        """Instance norms need more than one pixel."""
+        return 2 * self.factor
+
+
+Model = Annotated[SmallCnn | ResNet | DenseNet | EfficientNet | Vit | Unet, Field(discriminator="kind")]
 
 
 class Member(Frozen):
@@ -997,14 +1025,45 @@ class EvaluationConfig(Frozen):
     """For the model card, as Markdown: who should use the model for what, and for what not."""
 
 
+class SubgroupRule(Frozen):
+    """What every group of the locked test set must reach that has ``evaluation.minimum`` patients; a smaller one is named, not
+    judged."""
+
+    metric: Literal["auc", "accuracy", "sensitivity", "specificity", "dice"] = "auc"
+    minimum: Share = 0.0
+    """Smallest value of the metric in each group."""
+    margin: Share = 1.0
+    """As ``gate.margin``, in each group; 1 allows any difference to the champion."""
+
+
+class ApprovalConfig(Frozen):
+    """Ask a person before the rollout, in Airflow's UI."""
+
+    enabled: bool = False
+    """Without the answer of such a person nothing is deployed, also by hand."""
+    assignees: list[str] = []
+    """Airflow user ids of those who may answer; empty means everybody who may edit the DAG's runs."""
+    timeout_hours: float = Field(default=72.0, gt=0)
+    """Without an answer in this time the run fails, and everything stays as it is."""
+
+
 class GateConfig(Frozen):
     """What a challenger must reach on the locked test set before it may be registered."""
 
-    metric: Literal["auc", "accuracy"] = "auc"
+    metric: Literal["auc", "accuracy", "dice"] = "auc"
+    """``dice`` where ``task`` is ``segmentation``, and only there."""
     minimum: Share = 0.8
     """Smallest value of the metric."""
     margin: Share = 0.02
     """How much worse than the champion the lower end of the paired bootstrap interval may be (non-inferiority)."""
+    sensitivity: Share = 0.0
+    """Smallest sensitivity at the bundle's own threshold; 0 asks for none."""
+    specificity: Share = 0.0
+    """Smallest specificity there; 0 asks for none."""
+    calibration_error: Share = 1.0
+    """Greatest expected calibration error (``ece``); 1 allows any. Chance alone makes it greater, the more the fewer images."""
+    subgroups: SubgroupRule | None = None
+    """What each of ``evaluation.subgroups`` must reach; null judges none."""
     bootstrap: int = Field(default=1000, ge=100)
     """Resamples of the paired bootstrap (Efron & Tibshirani 1993)."""
     confidence: Share = 0.95
@@ -1078,17 +1137,177 @@ class MlflowConfig(Frozen):
     tracking_uri: str = "sqlite:///var/mlflow/mlflow.db"
 
 
-class LocalDeploy(Frozen):
+class MetricAlarm(Frozen):
+    """A CloudWatch alarm on the endpoint, made by the rollout: in ALARM before the rollout is done, it brings the old model
+    back."""
+
+    metric: Literal["Invocation5XXErrors", "Invocation4XXErrors", "InvocationModelErrors", "ModelLatency"] = (
+        "Invocation5XXErrors"
+    )
+    statistic: Literal["Sum", "Average", "Maximum", "p50", "p90", "p99"] = "Sum"
+    """Of the metric's values in a period."""
+    threshold: float = Field(default=0, ge=0)
+    """A greater value is one too many: a number of requests or, of ``ModelLatency``, microseconds."""
+    period_seconds: int = Field(default=60, ge=1)
+    """Length of a period; AWS has the metrics of an endpoint by the minute."""
+    periods: int = Field(default=1, ge=1)
+    """Periods in a row that must be too high; one without requests is not."""
+
+
+class _Rollout(Frozen):
+    bake_seconds: int = Field(default=0, ge=0, le=3600)
+    """For which the old instances are kept, and alarms are watched, once the new ones have all of the traffic."""
+    alarms: list[MetricAlarm] = Field(default=[], max_length=10)
+    """What takes the rollout back."""
+
+    @property
+    def waits(self) -> int:
+        """Seconds that the rollout takes at least."""
+        return self.bake_seconds
+
+
+class AllAtOnceRollout(_Rollout):
+    """The new model gets all of the traffic as soon as it is healthy."""
+
+    kind: Literal["all_at_once"] = "all_at_once"
+
+
+class CanaryRollout(_Rollout):
+    """The new model gets a part of the traffic, after a while all of it."""
+
+    kind: Literal["canary"] = "canary"
+    percent: int = Field(default=10, ge=1, le=50)
+    """Part of the traffic, and of the instances, that tries the new model."""
+    wait_seconds: int = Field(default=300, ge=0, le=3600)
+    """How long it tries."""
+
+    @property
+    def waits(self) -> int:
+        return self.bake_seconds + self.wait_seconds
+
+
+class LinearRollout(_Rollout):
+    """The new model gets the traffic in equal steps."""
+
+    kind: Literal["linear"] = "linear"
+    percent: int = Field(default=20, ge=10, le=50)
+    """Part of the traffic, and of the instances, that each step adds."""
+    wait_seconds: int = Field(default=300, ge=0, le=3600)
+    """Between two steps."""
+
+    @property
+    def waits(self) -> int:
+        return self.bake_seconds + self.wait_seconds * (math.ceil(100 / self.percent) - 1)
+
+
+Rollout = Annotated[AllAtOnceRollout | CanaryRollout | LinearRollout, Field(discriminator="kind")]
+
+
+class GoldenConfig(Frozen):
+    """Studies of the locked test set that the endpoint must answer, after a rollout, as the evaluation did."""
+
+    studies: int = Field(default=8, ge=0, le=100)
+    """How many, drawn once for each bundle; 0 asks for the bundle's digest only."""
+    tolerance: float = Field(default=0.001, gt=0, lt=1)
+    """Largest difference of a probability."""
+
+
+class _Deploy(Frozen):
+    rollout: Rollout = AllAtOnceRollout()
+    """One of ``all_at_once``, ``canary``, ``linear``: how an endpoint that serves is given the new model."""
+    capture_percent: int = Field(default=100, ge=0, le=100)
+    """Share of the requests and answers that is captured; 0 captures none, and nothing can be said about drift."""
+    golden: GoldenConfig = GoldenConfig()
+    timeout: int = Field(default=1800, ge=1)
+    """Seconds that a rollout may take, its waits included."""
+
+    @model_validator(mode="after")
+    def _waits_fit(self) -> Self:
+        if self.timeout <= self.rollout.waits:
+            raise ValueError(f"timeout {self.timeout}: more than the {self.rollout.waits} seconds that the rollout waits")
+        return self
+
+
+class LocalDeploy(_Deploy):
     """The SageMaker-compatible endpoint of this project on this machine; started when it does not run yet."""
 
     kind: Literal["local"] = "local"
     url: str = "http://127.0.0.1:8765"
     """Address of its control plane and runtime. ``AWS_ENDPOINT_URL_SAGEMAKER`` overrides it."""
     timeout: int = Field(default=180, ge=1)
-    """Seconds that a rollout may take."""
+    """Seconds that a rollout may take, its waits included."""
 
 
-class SageMakerDeploy(Frozen):
+class Autoscaling(Frozen):
+    """Application Auto Scaling of the endpoint's instances, by target tracking."""
+
+    least: int = Field(default=1, ge=0)
+    """Instances at any time; 0 only of asynchronous inference."""
+    most: int = Field(default=4, ge=1)
+    target: float = Field(gt=0)
+    """Invocations a minute and instance; of asynchronous inference, requests that wait, by instance."""
+    in_seconds: int = Field(default=300, ge=0)
+    """Pause after instances were taken away."""
+    out_seconds: int = Field(default=60, ge=0)
+    """Pause after instances were added."""
+
+    @model_validator(mode="after")
+    def _least_is_least(self) -> Autoscaling:
+        if self.least > self.most:
+            raise ValueError(f"least {self.least}: at most {self.most}, as most says")
+        return self
+
+
+class _Instances(Frozen):
+    instance_type: str = "ml.m5.large"
+    instance_count: int = Field(default=1, ge=1)
+    """Instances to start with."""
+    autoscaling: Autoscaling | None = None
+    """Null keeps the number of instances."""
+
+
+class RealtimeInference(_Instances):
+    """Instances that answer at once."""
+
+    kind: Literal["realtime"] = "realtime"
+
+    @model_validator(mode="after")
+    def _one_serves(self) -> RealtimeInference:
+        if self.autoscaling and self.autoscaling.least == 0:
+            raise ValueError("autoscaling.least: at least 1 where answers are given at once")
+        return self
+
+
+class AsynchronousInference(_Instances):
+    """Instances that take requests from a queue: input and answer lie on S3, below ``<project>/async/``."""
+
+    kind: Literal["asynchronous"] = "asynchronous"
+    concurrent: int = Field(default=4, ge=1, le=1000)
+    """Requests in hand of an instance."""
+
+
+class ServerlessInference(Frozen):
+    """No instances: capacity comes with the requests. AWS captures no data of such endpoints, and shifts no traffic."""
+
+    kind: Literal["serverless"] = "serverless"
+    memory_mb: Literal[1024, 2048, 3072, 4096, 5120, 6144] = 4096
+    concurrent: int = Field(default=5, ge=1, le=200)
+    """Requests in hand."""
+
+
+Inference = Annotated[RealtimeInference | AsynchronousInference | ServerlessInference, Field(discriminator="kind")]
+
+
+class VpcConfig(Frozen):
+    """Where the containers' network interfaces are."""
+
+    subnets: list[str] = Field(min_length=1, max_length=16)
+    """Ids."""
+    security_groups: list[str] = Field(min_length=1, max_length=5)
+    """Ids."""
+
+
+class SageMakerDeploy(_Deploy):
     """Amazon SageMaker: credentials and region come from the environment, as for every AWS client."""
 
     kind: Literal["sagemaker"] = "sagemaker"
@@ -1096,10 +1315,29 @@ class SageMakerDeploy(Frozen):
     """Inference image in ECR."""
     role_arn: str
     """Execution role that SageMaker assumes."""
-    instance_type: str = "ml.m5.large"
-    instance_count: int = Field(default=1, ge=1)
-    timeout: int = Field(default=1800, ge=1)
-    """Seconds that a rollout may take."""
+    inference: Inference = RealtimeInference()
+    """One of ``realtime``, ``asynchronous``, ``serverless``."""
+    kms_key: str = ""
+    """Key that encrypts the instances' volumes, captures and asynchronous answers; empty takes AWS's own."""
+    vpc: VpcConfig | None = None
+    """Null runs the containers in SageMaker's own network."""
+    network_isolation: bool = False
+    """Whether the containers can make no call to the network."""
+    tags: dict[str, Text] = {}
+    """Further tags of everything that is made."""
+
+    @model_validator(mode="after")
+    def _inference_fits(self) -> SageMakerDeploy:
+        match self.inference:
+            case ServerlessInference():
+                if self.capture_percent or self.vpc or self.network_isolation or self.rollout.kind != "all_at_once":
+                    allowed = "capture_percent: 0, no vpc, no network_isolation, rollout.kind: all_at_once"
+                    raise ValueError(f"inference.kind: serverless goes only with {allowed}")
+            case RealtimeInference() | AsynchronousInference():
+                least = self.inference.autoscaling.least if self.inference.autoscaling else self.inference.instance_count
+                if self.rollout.kind != "all_at_once" and min(least, self.inference.instance_count) < 2:
+                    raise ValueError(f"rollout.kind: {self.rollout.kind} needs two instances: its first step is at most half")
+        return self
 
 
 Deploy = Annotated[LocalDeploy | SageMakerDeploy, Field(discriminator="kind")]
@@ -1142,6 +1380,110 @@ class BatchConfig(Frozen):
     """Directory or ``s3://`` prefix of studies; null means the images of the project's own source."""
     publish: KafkaTopic | None = None
     """Topic that the answers are sent to once all are there: key is the study, value its line of ``predictions.jsonl``."""
+
+
+class ApiKeys(Frozen):
+    """Callers show a key in the header ``X-API-Key``; ``cvf gateway-key`` makes one."""
+
+    kind: Literal["api_keys"] = "api_keys"
+    file: str = "var/gateway-keys.jsonl"
+    """Salted digests of the keys, one a line: who loses a line loses access at once."""
+    env: str | None = None
+    """Environment variable that holds such lines, instead of the file."""
+
+
+class JwtAccess(Frozen):
+    """Callers show a token of an identity provider, ``Authorization: Bearer ...`` (RFC 7519, RFC 6750); it must say ``exp``,
+    ``iss``, ``aud`` and ``sub``."""
+
+    kind: Literal["jwt"] = "jwt"
+    issuer: str = Field(min_length=1)
+    audience: str = Field(min_length=1)
+    jwks_url: str | None = None
+    """Where the provider publishes its keys (RFC 7517)."""
+    key_env: str | None = None
+    """Instead: environment variable with the public key (PEM), or with the secret that is shared for ``HS256`` and its like."""
+    algorithms: list[
+        Literal[
+            "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "HS256", "HS384", "HS512"
+        ]
+    ] = Field(default=["RS256"], min_length=1)
+    """Signatures that are accepted: of public keys, or of a shared secret, never of both."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_key(self) -> JwtAccess:
+        if (self.jwks_url is None) == (self.key_env is None):
+            raise ValueError("one of jwks_url and key_env")
+        shared = {algorithm.startswith("HS") for algorithm in self.algorithms}
+        if len(shared) > 1 or (self.jwks_url and True in shared):  # else a public key would pass for a shared secret
+            raise ValueError("algorithms of one kind: HS... with a secret in key_env, all others with a public key")
+        return self
+
+
+class OpenAccess(Frozen):
+    """Whoever reaches the gateway may ask: for one machine, or behind a proxy that knows its callers."""
+
+    kind: Literal["open"] = "open"
+
+
+Access = Annotated[ApiKeys | JwtAccess | OpenAccess, Field(discriminator="kind")]
+
+
+class GatewayConfig(Frozen):
+    """What ``cvf gateway`` lets through to the endpoint."""
+
+    access: Access = ApiKeys()
+    """One of ``api_keys``, ``jwt``, ``open``."""
+    rate: str = Field(default="600/minute", pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$")
+    """Studies that each caller may send in a time, in a moving window."""
+    rate_storage: str = Field(default="memory://", pattern=r"^(memory|redis|rediss)://")
+    """Where they are counted: in this process, or ``redis://host:port`` for several gateways. ``CVF_GATEWAY_RATE_STORAGE``
+    overrides it, for an address with a password."""
+    cors_origins: list[str] = []
+    """Pages that a browser may call it from, ``https://viewer.example``; empty: none."""
+    max_bytes: int = Field(default=6 << 20, ge=1, le=6 << 20)
+    """Bytes of a study; SageMaker lets no more through."""
+    max_batch_bytes: int = Field(default=64 << 20, ge=1)
+    """Bytes of the body of a batch."""
+    max_files: int = Field(default=32, ge=1, le=1000)
+    """Studies of a batch."""
+    max_pixels: int = Field(default=80_000_000, ge=1)
+    """Rows times columns of a picture or array; of a study of the domain the container says how many."""
+    deidentify: bool = False
+    """De-identify studies that come with an identity, by ``deidentification``, and take the metadata off pictures, before they
+    leave the gateway; otherwise such studies are refused."""
+    in_flight: int = Field(default=64, ge=1, le=1000)
+    """Requests in hand at a time; more are told to come again (503)."""
+    timeout: float = Field(default=60, gt=0)
+    """Seconds that one try of the endpoint may take."""
+    attempts: int = Field(default=3, ge=1, le=10)
+    """Tries of a request, where the endpoint is not reached, not ready, or throttles."""
+    retry_share: Share = 0.2
+    """Retries that all requests together may cause, as a share of them: an endpoint in trouble is not asked all the more."""
+    failures: int = Field(default=5, ge=1)
+    """Tries in a row without an answer after which the endpoint is left alone (the circuit opens)."""
+    open_seconds: float = Field(default=10, gt=0)
+    """How long, before one request tries again whether it answers."""
+
+    @field_validator("rate_storage")
+    @classmethod
+    def _no_password(cls, address: str) -> str:
+        if SECRET_VALUE.search(address):
+            raise ValueError("an address without a password; give one with it by CVF_GATEWAY_RATE_STORAGE")
+        return address
+
+
+class StreamConfig(Frozen):
+    """What ``cvf stream`` answers: messages of one Kafka topic, into another."""
+
+    source: KafkaSource
+    """Studies as messages; ``group`` is the stream's own, ``batch`` the most that is answered at a time."""
+    sink: KafkaTopic
+    """Topic of the answers: key is that of the message, value a line as in ``predictions.jsonl``."""
+    wait: float = Field(default=0.2, ge=0, le=60)
+    """Seconds that a message waits for others to be answered with."""
+    champion_minutes: float = Field(default=5, gt=0)
+    """How often the registry is asked for a new champion, which then answers."""
 
 
 class ProcessRuntime(Frozen):
@@ -1275,8 +1617,10 @@ StageName = Literal[
     "evaluate",
     "gate",
     "register",
+    "approve",
     "deploy",
     "verify",
+    "evidence",
     "promote",
     "drift",
     "decide",
@@ -1331,8 +1675,11 @@ class ProjectConfig(Frozen):
     """Name of the project; its DAGs are ``<project>_training`` and so on, its endpoint ``<project>`` with hyphens."""
     domain: str = "medical"
     """Entry point of the group ``cv_factory_ops.domains``."""
+    task: Literal["classification", "segmentation"] = "classification"
+    """One label for an image, or one for each of its pixels, learned from masks; see docs/training.md."""
     labels: list[str] = Field(min_length=2)
-    """Class names in the order of the model's outputs; with two, the second is the positive one."""
+    """Class names in the order of the model's outputs; with two, the second is the positive one. Of a segmentation the first is
+    the background, and the number of a class, from 0, is its value in masks."""
     storage: str = "var/storage"
     """Root of everything the project keeps: a directory, ``file://`` or ``s3://bucket/prefix``. ``CVF_STORAGE``
     overrides it."""
@@ -1351,12 +1698,16 @@ class ProjectConfig(Frozen):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+    approval: ApprovalConfig = ApprovalConfig()
     explanations: ExplanationsConfig = ExplanationsConfig()
     mlflow: MlflowConfig = MlflowConfig()
     deploy: Deploy = LocalDeploy()
     drift: DriftConfig = DriftConfig()
     decision: DecisionConfig = DecisionConfig()
     batch: BatchConfig = BatchConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    stream: StreamConfig | None = None
+    """What ``cvf stream`` reads and writes; null where nothing is streamed."""
     runtime: Runtime = ProcessRuntime()
     schedule: ScheduleConfig = ScheduleConfig()
 
@@ -1374,6 +1725,9 @@ class ProjectConfig(Frozen):
         for name, transformer in (("model", self.model), ("embedding", self.embedding)):
             if isinstance(transformer, _Vit) and size % transformer.patch:
                 raise ValueError(f"preprocessing.size {size}: a multiple of {name}.patch {transformer.patch}")
+        if isinstance(self.model, Unet) and size % self.model.factor:
+            levels = f"model.levels {self.model.levels}"
+            raise ValueError(f"preprocessing.size {size}: a multiple of {self.model.factor} for {levels}")
         if size < self.model.least_size:
             raise ValueError(f"preprocessing.size {size}: at least {self.model.least_size} for model.kind {self.model.kind}")
         if isinstance(self.embedding, HogEmbedding) and size < self.embedding.least_size:
@@ -1389,6 +1743,35 @@ class ProjectConfig(Frozen):
             raise ValueError(f"training.augment without mixup and cutmix where training.objective is {objective.kind}")
         if isinstance(objective, FixMatchConfig) and self.data.unlabelled == "refuse":
             raise ValueError("data.unlabelled: keep where training.objective is fixmatch, which learns from such images")
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> ProjectConfig:
+        if self.task == "classification":
+            needs = {
+                "model.kind: another than unet": not isinstance(self.model, Unet),
+                "gate.metric: auc or accuracy": self.gate.metric != "dice",
+                "data.source.labels: a table": not isinstance(self.data.source, FileSource) or bool(self.data.source.labels),
+            }
+        else:
+            source, training = self.data.source, self.training
+            needs = {
+                "model.kind: unet": isinstance(self.model, Unet),
+                "gate.metric: dice": self.gate.metric == "dice",
+                "data.source.kind: files or phantoms": isinstance(source, FileSource | PhantomSource),
+                "data.source.masks, or a table with a column mask": not isinstance(source, FileSource)
+                or bool(source.masks or source.labels),
+                "data.include_captures: false": not self.data.include_captures,
+                "data.unlabelled: refuse": self.data.unlabelled == "refuse",
+                "decoding.frames: middle": self.decoding.frames == "middle",
+                "training.objective: supervised or fine_tuning": isinstance(training.objective, SupervisedConfig | FineTuning),
+                "training.augment without mixup and cutmix": not (training.augment.mixup or training.augment.cutmix),
+                "calibration.abstain: 0": not self.calibration.abstain,
+                "no search": self.search is None,
+                "at most 256 labels": len(self.labels) <= 256,
+            }
+        if lacking := next((need for need, is_met in needs.items() if not is_met), None):
+            raise ValueError(f"{lacking} where task is {self.task}")
         return self
 
     @model_validator(mode="after")

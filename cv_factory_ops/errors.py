@@ -81,3 +81,8 @@ def unexpected(error: Exception) -> str:
     except OSError:
         return f"unexpected {type(error).__name__}; its details could not be written, the disk may be full"
     return f"unexpected {type(error).__name__}; details in {file.name}"
+
+
+def without_values(error: BaseException) -> BaseException:
+    """The same kind at the same place in the code, for a log: its words, and those of what caused it, may quote a request."""
+    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)

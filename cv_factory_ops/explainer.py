@@ -10,35 +10,15 @@ import cv2
 import numpy as np
 
 import cv_factory_ops
+from cv_factory_ops.answers import ExplainedAnswer as ExplainedAnswer
+from cv_factory_ops.answers import ExplainedPrediction, Explanation
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import ExplanationMethod
 from cv_factory_ops.domain import Decoded, Domain, open_domain
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.explanations import Faithfulness, Rgb, explain, faithfulness, overlay
 from cv_factory_ops.ingestion.decode import decode_one
-from cv_factory_ops.predictor import Answer, Prediction, Predictor
-from cv_factory_ops.records import Frozen
-
-
-class Explanation(Faithfulness):
-    """Why an image was given the label that it was given."""
-
-    method: str
-    overlay: str
-    """PNG, base64: the model's input in grey, red where it speaks for the label, blue where against it."""
-
-
-class ExplainedPrediction(Prediction):
-    """An answer with its reason."""
-
-    explanation: Explanation
-
-
-class ExplainedAnswer(Frozen):
-    """The body of a response that was to be explained."""
-
-    predictions: list[ExplainedPrediction]
-    bundle_digest: str
+from cv_factory_ops.predictor import Answer, Predictor
 
 
 class Explainer:

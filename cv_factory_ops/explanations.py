@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cv_factory_ops.answers import Faithfulness as Faithfulness
 from cv_factory_ops.config import (
     EXPLANATIONS,
     EnsembleModel,
@@ -30,9 +31,8 @@ from cv_factory_ops.config import (
     Vit,
 )
 from cv_factory_ops.errors import ConfigError
-from cv_factory_ops.models import Classifier
+from cv_factory_ops.models import Classifier, Segmenter
 from cv_factory_ops.preprocessing.pipeline import to_tensor
-from cv_factory_ops.records import Frozen
 
 MOST_PIXELS = 64 * 64 * 64
 """Of all images that the network sees at a time: with a gradient, those of a ResNet-18 of the usual stem take about a GiB."""
@@ -56,19 +56,6 @@ Rgb = NDArray[np.uint8]
 """(rows, columns, 3)"""
 
 
-class Faithfulness(Frozen):
-    """Areas, 0..1, under the curve of a label's probability while pixels are taken away or put in, those of a map's greatest
-    values first (Petsiuk et al. 2018). A map means something that beats itself moved elsewhere, which keeps its grain."""
-
-    deletion: float
-    """Pixels become the mean of the training images: the lower, the better."""
-    deletion_random: float
-    """The same, mean over maps that were moved."""
-    insertion: float
-    """Pixels of the image take the place of those of a blurred one: the higher, the better."""
-    insertion_random: float
-
-
 def explain(
     network: Classifier,
     images: NDArray[np.uint16],
@@ -84,8 +71,10 @@ def explain(
     network is in evaluation mode, and of this thread alone; the temperature is its bundle's.
 
     Raises:
-        ConfigError: ``grad_cam``, and no layer of the network keeps places apart.
+        ConfigError: ``grad_cam``, and no layer of the network keeps places apart; or the network answers for pixels.
     """
+    if isinstance(network, Segmenter):
+        raise ConfigError(f"{method.kind}: explains the label of an image; a segmentation shows by its mask where it sees what")
     maps, forward = [], partial(_log_odds, network, temperature)
     together = min(_batch_size(images), EXPLAINED_AT_A_TIME)
     for start in range(0, len(images), together):

@@ -1,19 +1,21 @@
-"""What every client of Kafka here shares: its settings, its errors in one line, and messages that are surely delivered."""
+"""What every client of Kafka here shares: its settings, its errors in one line, messages that are surely delivered, and
+offsets that are committed once their messages are dealt with."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from cv_factory_ops.config import KafkaTopic
-from cv_factory_ops.errors import ConfigError, Unavailable
+from cv_factory_ops.config import KafkaSource, KafkaTopic
+from cv_factory_ops.errors import ConfigError, Rejected, Unavailable
 
 Client = TypeVar("Client")
 Headers = Sequence[tuple[str, bytes | None]]
@@ -27,6 +29,8 @@ DENIED = {
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 }
+NOT_OURS = {KafkaError.REBALANCE_IN_PROGRESS, KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID}
+"""What a commit says when the partitions go, or have gone, to another member."""
 MAX_MESSAGE = 1_000_000_000
 """librdkafka's own limit of ``message.max.bytes``: how long a message may be is the topic's to say."""
 
@@ -125,6 +129,156 @@ class Publisher:
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal() or error.code() in DENIED:
             self._failure = self._failure or error
+
+
+class Member:
+    """A member of a consumer group, in a ``with`` block. Only what it calls :meth:`done` is committed."""
+
+    def __init__(self, source: KafkaSource, settings: Mapping[str, Any] | None = None) -> None:
+        self._source = source
+        self._done: dict[int, int] = {}
+        """Offsets to commit: behind the last message of a partition that is dealt with."""
+        self._since_commit = 0
+        self._last_error: KafkaError | None = None
+        basic = {
+            "group.id": source.group,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+            "partition.assignment.strategy": "range,roundrobin",
+            "receive.message.max.bytes": MAX_MESSAGE,
+            "error_cb": self._on_error,
+        }
+        self._consumer = connect(Consumer, source, {**basic, **(settings or {})})
+        letters = source.dead_letter_topic
+        self._dead_letters = Publisher(source.model_copy(update={"topic": letters})) if letters else None
+
+    def __enter__(self) -> Self:
+        with self.errors_explained():
+            topic = self._consumer.list_topics(self._source.topic, timeout=self._source.timeout).topics[self._source.topic]
+            if topic.error:
+                raise KafkaException(topic.error)
+            self._consumer.subscribe([self._source.topic], on_assign=self.on_assign, on_revoke=self.on_revoke)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.commit()
+        finally:
+            self._consumer.close()
+
+    def poll(self, seconds: float) -> Message | None:
+        """The next message, or an event (its ``error()``) that does not end the reading; None where nothing comes in time.
+
+        Raises:
+            ConfigError, Unavailable: the topic is gone, or access to it.
+        """
+        with self.errors_explained():
+            message = self._consumer.poll(seconds)
+            error = message.error() if message is not None else None
+            if error and (error.fatal() or error.code() in NO_TOPIC | DENIED):
+                raise KafkaException(error)
+        return message
+
+    def done(self, message: Message) -> None:
+        """The message is dealt with; each ``batch`` of them is committed."""
+        partition, offset = place(message)
+        self._done[partition] = offset + 1
+        self._since_commit += 1
+        if self._since_commit >= self._source.batch:
+            self.commit()
+
+    def bury(self, message: Message, error: Rejected) -> None:
+        """Send a bad message to the dead-letter topic, as it came but for ``too_large`` (then without its value), surely."""
+        if not self._dead_letters:
+            return
+        partition, offset = place(message)
+        said = {"code": error.code, "reason": error, "topic": self._source.topic, "partition": partition, "offset": offset}
+        added = [(name, str(value).encode()) for name, value in said.items()]
+        value = None if error.code == "too_large" else raw(message.value())
+        self._dead_letters.send(value, key=raw(message.key()), headers=[*raw_headers(message), *added])
+        self._dead_letters.flush()
+
+    def commit(self) -> None:
+        """Commit what is dealt with.
+
+        Raises:
+            ConfigError, Unavailable: it cannot be committed.
+        """
+        offsets = [TopicPartition(self._source.topic, partition, offset) for partition, offset in self._done.items()]
+        self._done.clear()
+        self._since_commit = 0
+        try:
+            if offsets:
+                self._consumer.commit(offsets=offsets, asynchronous=False)
+        except KafkaException as error:
+            if error.args[0].code() not in NOT_OURS:  # then it comes again, to whom they are now
+                raise explained(error.args[0], self._source) from None
+
+    def on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Partitions are ours from now on."""
+
+    def on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Another member joins or leaves, or this one closes."""
+        with contextlib.suppress(ConfigError, Unavailable):  # as where a commit is not ours any more
+            self.commit()
+
+    def _on_error(self, error: KafkaError) -> None:
+        if self._last_error is None or error.code() in DENIED:
+            self._last_error = error
+
+    @contextlib.contextmanager
+    def errors_explained(self) -> Iterator[None]:
+        """Turn what the consumer raises into one line of ours."""
+        try:
+            yield
+        except KafkaException as error:
+            told: KafkaError = error.args[0]
+            if told.code() in {KafkaError._TRANSPORT, KafkaError._TIMED_OUT}:  # the reason came by the callback
+                told = self._last_error or told
+            raise explained(told, self._source) from None
+
+
+def said_in(message: Message) -> dict[str, str]:
+    """What the headers say; the last of several of a name.
+
+    Raises:
+        Rejected: ``undecodable``: they are not in UTF-8.
+    """
+    try:
+        return {key: (value or b"").decode() for key, value in raw_headers(message)}
+    except UnicodeDecodeError:
+        raise Rejected("undecodable", "has headers that are not in UTF-8") from None
+
+
+def content_of(message: Message, max_bytes: int) -> bytes:
+    """The value of a message.
+
+    Raises:
+        Rejected: ``too_large``, or ``empty``.
+    """
+    content = raw(message.value()) or b""
+    if len(content) > max_bytes:
+        raise Rejected("too_large", f"has {len(content)} bytes; allowed are {max_bytes}")
+    if not content:
+        raise Rejected("empty", "has no bytes")
+    return content
+
+
+def raw_headers(message: Message) -> list[tuple[str, bytes | None]]:
+    """Headers of a message that was received."""
+    headers: Any = message.headers()  # typed for producers too, who may give text or a mapping
+    return list(headers or [])
+
+
+def raw(part: str | bytes | None) -> bytes | None:
+    """Value or key of a message that was received: bytes, though typed for producers too."""
+    return part.encode() if isinstance(part, str) else part
+
+
+def place(message: Message) -> tuple[int, int]:
+    """Partition and offset."""
+    return message.partition() or 0, message.offset() or 0
 
 
 def _from_environment(topic: KafkaTopic) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cv_factory_ops.config import (
     Member,
     ResNet,
     SmallCnn,
+    Unet,
     Vit,
 )
 from cv_factory_ops.errors import ConfigError
@@ -69,6 +70,26 @@ class Classifier(nn.Module):
         return sum(layer.in_features for layer in self.head.modules() if isinstance(layer, nn.Linear))
 
 
+class Segmenter(Classifier):
+    """Standardise, and classify each pixel.
+
+    Logits are (N, classes, H, W); the embedding is the mean over the image of what the lowest resolution holds.
+    """
+
+    config: Unet
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels, embedding = self.backbone((images - self.mean) / self.std)
+        return self.head(pixels), embedding
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self(images)[1]  # type: ignore[no-any-return]
+
+    @property
+    def features(self) -> int:
+        return self.config.width * self.config.factor
+
+
 def build(config: AnyModel, classes: int, mean: float = 0.0, std: float = 1.0, channels: int = 1, size: int = 64) -> Classifier:
     """A new network with random weights for images of that many channels; of ``vit`` for images of size x size alone."""
     match config:
@@ -82,6 +103,8 @@ def build(config: AnyModel, classes: int, mean: float = 0.0, std: float = 1.0, c
             backbone, head = _efficientnet(config, classes, channels)
         case Vit():
             backbone, head = _vit(config, classes, channels, size)
+        case Unet():
+            return Segmenter(config, *_unet(config, classes, channels), classes, mean, std)
         case EnsembleModel():
             return join(config, [build(member.model, classes, mean, std, channels, size) for member in config.members])
         case _:
@@ -215,6 +238,41 @@ def _vit(config: Vit, classes: int, channels: int, size: int) -> tuple[nn.Module
     return network, head
 
 
+def _unet(config: Unet, classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
+    from monai.networks.nets import UNet
+
+    class WithBottom(UNet):  # type: ignore[misc]
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            pixels, bottom = _descend(self.model, images)
+            return pixels, bottom.mean((2, 3))
+
+    network = WithBottom(
+        spatial_dims=2,
+        in_channels=channels,
+        out_channels=config.width,
+        channels=[config.width * 2**level for level in range(config.levels)],
+        strides=[2] * (config.levels - 1),
+        num_res_units=config.residual_units,
+        dropout=config.dropout,
+    )
+    return network, nn.Conv2d(config.width, classes, 1)
+
+
+def _descend(block: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What a level of MONAI's U-Net gives, and what the lowest one in it does.
+
+    A level is a way down, a skip connection around the levels below, and a way up.
+    """
+    from monai.networks.layers import SkipConnection
+
+    if not (isinstance(block, nn.Sequential) and len(block) == 3 and isinstance(block[1], SkipConnection)):
+        bottom = block(images)
+        return bottom, bottom
+    images = block[0](images)
+    inner, bottom = _descend(block[1].submodule, images)
+    return block[2](torch.cat([images, inner], 1)), bottom
+
+
 def stages(network: Classifier) -> dict[str, Stage]:
     """Parts of a network from its input to its head, by name; together they have all of its weights."""
     backbone = {
@@ -241,6 +299,11 @@ def _stage_parts(config: AnyModel) -> list[tuple[str, str]]:
         case Vit():
             *blocks, last = [(f"block{i + 1}", f"blocks.{i}") for i in range(config.layers)]
             return [("stem", "patch_embedding cls_token"), *blocks, (last[0], f"{last[1]} norm")]
+        case Unet():
+            levels = ["model" + ".1.submodule" * level for level in range(config.levels)]
+            down = [(f"down{i}", f"{level}.0") for i, level in enumerate(levels[:-1], 1)]
+            up = [(f"up{i}", f"{level}.2") for i, level in enumerate(levels[:-1], 1)]
+            return [*down, ("bottom", levels[-1]), *reversed(up)]
         case EnsembleModel():
             raise TypeError("an ensemble is not trained as a whole: it has no stages of its own")
         case _:

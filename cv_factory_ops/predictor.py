@@ -2,53 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cv_factory_ops import segmentation
+from cv_factory_ops.answers import Answer as Answer
+from cv_factory_ops.answers import Prediction as Prediction
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.calibration import tempered
-from cv_factory_ops.domain import Decoded
+from cv_factory_ops.domain import Decoded, Metadata
 from cv_factory_ops.errors import Rejected
 from cv_factory_ops.metrics import confidence, predicted
-from cv_factory_ops.models import Classifier
 from cv_factory_ops.preprocessing.embedders import Embedder
+from cv_factory_ops.preprocessing.geometry import Geometry
 from cv_factory_ops.preprocessing.pipeline import prepare, to_tensor
 from cv_factory_ops.preprocessing.shards import Images
 from cv_factory_ops.preprocessing.statistics import STATISTICS, image_statistics
-from cv_factory_ops.records import Frozen
+
+Network = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""As :class:`cv_factory_ops.models.Classifier`: images, (N, channels, H, W) in 0..1 -> logits and embedding (N, features)."""
 
 
-class Prediction(Frozen):
-    """The answer for one image."""
+@dataclass(frozen=True)
+class Input:
+    """What of a study the model sees, and what its answer is told with: the study's own pixels need not be kept."""
 
-    label: str
-    score: float
-    """Probability of the positive class (two classes) or of the answered class."""
-    scores: dict[str, float]
-    """Probability of each label."""
-    abstained: bool = False
-    """The answer is less certain than the bundle demands: a person should decide."""
-    features: dict[str, str | float | None]
-    """What drift is watched on; captured with the answer, so that the nightly check reads no pixels."""
-
-
-class Answer(Frozen):
-    """The body of a response of ``/invocations``."""
-
-    predictions: list[Prediction]
-    bundle_digest: str
+    image: NDArray[np.uint16]
+    """(size, size) or (size, size, 3)"""
+    shape: tuple[int, int]
+    """Rows and columns of the study's image."""
+    spacing: tuple[float, float] | None
+    metadata: Metadata
+    statistics: Mapping[str, float]
 
 
 class Predictor:
     """A loaded bundle. Not changed by use: one predictor can serve many threads."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, network: Network | None = None) -> None:
+        """``network`` calculates in place of the bundle's own, with the same weights."""
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self._network = bundle.network()
+        self._network = network or bundle.network()
         self._embedder = bundle.embedder()
         self._pca = bundle.pca()
         size = self.manifest.preprocessing.size
@@ -60,14 +59,29 @@ class Predictor:
         Raises:
             Rejected: a study is not as the bundle's decoding and preprocessing want it.
         """
-        prepared = np.stack([self.prepare(study) for study in studies])
-        probabilities, embedding = self.forward(prepared)
+        inputs = [self.input_of(study) for study in studies]
+        return self.conclude(inputs, *self.forward(np.stack([given.image for given in inputs])))
+
+    def input_of(self, study: Decoded) -> Input:
+        """The first step of an answer.
+
+        Raises:
+            Rejected: see :meth:`prepare`.
+        """
+        image = self.prepare(study)
+        rows, columns = study.image.shape[:2]
+        return Input(image, (rows, columns), study.spacing, study.metadata, image_statistics(image))
+
+    def conclude(self, inputs: Sequence[Input], probabilities: NDArray[np.float32], embedding: NDArray[np.float32]) -> Answer:
+        """The last step of an answer, from what :meth:`forward` gave for the inputs' images."""
         components = self._pca.transform(embedding)
         predictions = [
             self._prediction(
-                probabilities[i], features(image_statistics(prepared[i]), study.metadata, components[i], probabilities[i])
+                given,
+                probabilities[i],
+                features(given.statistics, given.metadata, components[i], told(probabilities[i])),
             )
-            for i, study in enumerate(studies)
+            for i, given in enumerate(inputs)
         ]
         return Answer(predictions=predictions, bundle_digest=self.bundle.digest)
 
@@ -88,11 +102,17 @@ class Predictor:
         self._pca.transform(self.forward(np.zeros((1, *self._shape), np.uint16))[1])
 
     def forward(self, prepared: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(N, size, size[, 3]) prepared images -> probabilities (N, classes) and embedding (N, features)."""
+        """(N, size, size[, 3]) prepared images -> probabilities (N, classes), or (N, classes, size, size) of pixels, and
+        embedding (N, features)."""
         return infer(self._network, prepared, self._embedder, self.manifest.temperature)
 
-    def _prediction(self, probabilities: NDArray[np.float32], values: dict[str, str | float | None]) -> Prediction:
+    def _prediction(
+        self, given: Input, probabilities: NDArray[np.float32], values: dict[str, str | float | None]
+    ) -> Prediction:
         labels, threshold = self.manifest.labels, self.manifest.threshold
+        if probabilities.ndim == 3:
+            geometry = Geometry.of(given.shape, self.manifest.preprocessing, given.spacing)
+            return segmentation.segmented(probabilities, labels, geometry, given.spacing, values)
         answer = int(predicted(probabilities[None], threshold)[0])
         return Prediction(
             label=labels[answer],
@@ -103,37 +123,57 @@ class Predictor:
         )
 
 
-@torch.inference_mode()
 def infer(
-    network: Classifier,
+    network: Network,
     prepared: NDArray[np.uint16] | Images,
     embedder: Embedder | None = None,
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(N, size, size[, 3]) prepared images -> probabilities (N, classes) and embedding (N, features), in batches.
+    """(N, size, size[, 3]) prepared images -> probabilities (N, classes), or (N, classes, size, size) of pixels, and embedding
+    (N, features).
 
     The embedding is the network's own where no embedder is given, the temperature a bundle's.
     """
-    logits, embeddings = [], []
+    batches = list(in_batches(network, prepared, embedder, temperature, batch_size))
+    return np.concatenate([probabilities for probabilities, _ in batches]), np.concatenate([found for _, found in batches])
+
+
+def in_batches(
+    network: Network,
+    prepared: NDArray[np.uint16] | Images,
+    embedder: Embedder | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """As :func:`infer`, batch by batch: the probabilities of all pixels of many images would take much memory."""
     for start in range(0, len(prepared), batch_size):
         batch = prepared[start : start + batch_size]
-        outputs, features = network(to_tensor(batch))
-        logits.append(outputs)
-        embeddings.append(embedder.embed(batch) if embedder else features.numpy())
-    return tempered(torch.cat(logits).softmax(1).numpy(), temperature), np.concatenate(embeddings)
+        with torch.inference_mode():
+            outputs, features = network(to_tensor(batch))
+            probabilities = tempered(outputs.softmax(1).numpy(), temperature)
+        yield probabilities.astype(np.float32, copy=False), embedder.embed(batch) if embedder else features.numpy()
 
 
 def features(
     statistics: Mapping[str, float],
     metadata: Mapping[str, str | float | None],
     components: NDArray[np.float64],
-    probabilities: NDArray[np.float32],
+    of_answer: Mapping[str, float],
 ) -> dict[str, str | float | None]:
-    """The features of one image under their names: ``image_*``, ``metadata_*``, ``embedding_*``, ``score``, ``entropy``."""
+    """The features of one image under their names: ``image_*``, ``metadata_*``, ``embedding_*``, and those of :func:`told`."""
     values: dict[str, str | float | None] = {f"image_{name}": round(statistics[name], 6) for name in STATISTICS}
     values |= {f"metadata_{name}": value for name, value in metadata.items()}
     values |= {f"embedding_{i}": round(float(value), 6) for i, value in enumerate(components)}
-    values["score"] = round(float(probabilities[1] if len(probabilities) == 2 else probabilities.max()), 6)
-    values["entropy"] = round(float(-(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum()), 6)
-    return values
+    return values | dict(of_answer)
+
+
+def told(probabilities: NDArray[np.float32]) -> dict[str, float]:
+    """What one answer (classes,) says of itself: ``score`` and ``entropy``; of pixels see
+    :func:`cv_factory_ops.segmentation.told`."""
+    if probabilities.ndim == 3:
+        return segmentation.told(probabilities)
+    return {
+        "score": round(float(probabilities[1] if len(probabilities) == 2 else probabilities.max()), 6),
+        "entropy": round(float(-(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum()), 6),
+    }

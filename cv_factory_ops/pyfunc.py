@@ -11,6 +11,7 @@ from mlflow.pyfunc import PythonModel
 
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.domain import Decoded
+from cv_factory_ops.ingestion.decode import as_levels
 from cv_factory_ops.predictor import Predictor
 
 
@@ -23,7 +24,7 @@ class BundleModel(PythonModel):  # type: ignore[misc]
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """(N, rows, columns) float32 in 0..1 -> one prediction an image."""
-        images = [Decoded(np.asarray(image, dtype=np.float32)) for image in model_input]
+        images = [Decoded(as_levels(np.asarray(image, dtype=np.float32))) for image in model_input]
         return [prediction.model_dump() for prediction in self.predictor.answer(images).predictions]
 
 

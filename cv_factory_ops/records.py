@@ -6,6 +6,7 @@ URIs (``file://`` or ``s3://``), digests are SHA-256 in hexadecimal, scores and 
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +26,11 @@ class Record(Frozen):
     links: dict[str, str] = {}
     """Named pages for people: ``mlflow`` (run page), ``report`` (drift report)."""
 
+    @property
+    def refusal(self) -> str:
+        """Why a gate refused; empty where none did. Such a record is published like any other, then its stage ends with 4."""
+        return ""
+
 
 class Result(Frozen):
     """The envelope that the stage runner writes around a record."""
@@ -37,6 +43,8 @@ class Result(Frozen):
     seconds: float
     """Wall time of the stage's own work."""
     record: dict[str, Any]
+    refusal: str = ""
+    """The record's own, see :attr:`Record.refusal`."""
 
 
 class IngestRecord(Record):
@@ -80,7 +88,9 @@ class TrainRecord(Record):
     mlflow_run_id: str
     epochs: int
     best_epoch: int
-    val_auc: float
+    val_auc: float | None = None
+    val_dice: float | None = None
+    """Of a segmentation, in place of the AUC."""
     images_per_second: float
     world_size: int
 
@@ -123,8 +133,26 @@ class EvaluateRecord(Record):
     """HTML pages by name: ``model_card``, ``data_card``."""
 
 
+class Criterion(Frozen):
+    """One thing that a gate asks for."""
+
+    name: str
+    """Such as ``auc``, ``auc - champion's``, ``sensitivity, sex F``, ``test patients trained on``."""
+    rule: Literal["at least", "at most"]
+    limit: float
+    value: float | None = None
+    """None where it is undefined or was not measured."""
+    low: float | None = None
+    """Lower end of its interval; the interval of a difference, not its value, is held against the limit."""
+    high: float | None = None
+    passed: bool | None
+    """None where it was not judged, for the reason given; that refuses nobody."""
+    reason: str = ""
+    """What speaks against the challenger, or why it was not judged; empty where it passed."""
+
+
 class GateRecord(Record):
-    """The verdict with its numbers."""
+    """The verdict with its numbers; ``criteria.json`` and ``criteria.png`` are a table and a picture of them."""
 
     stage = "gate"
     verdict: Literal["passed", "refused"]
@@ -136,7 +164,13 @@ class GateRecord(Record):
     """Lower end of the paired bootstrap interval of challenger minus champion; None without a champion."""
     difference_high: float | None
     reasons: list[str]
+    criteria: list[Criterion] = []
+    """Everything that was asked for, in the order in which a person would ask."""
     test_digest: str
+
+    @property
+    def refusal(self) -> str:
+        return "; ".join(self.reasons)
 
 
 class RegisterRecord(Record):
@@ -146,6 +180,25 @@ class RegisterRecord(Record):
     mlflow_run_id: str
     bundle: str
     bundle_digest: str
+
+
+class ApproveRecord(Record):
+    """What a person answered who was asked before the rollout."""
+
+    stage = "approve"
+    approved: bool
+    who: str
+    """Login of that person."""
+    time: datetime
+    """Of the answer, UTC."""
+    note: str
+    bundle_digest: str
+    gate_digest: str
+    """Of the gate's record that was approved, see :func:`cv_factory_ops.stage.record_digest`."""
+
+    @property
+    def refusal(self) -> str:
+        return "" if self.approved else f"the rollout was rejected by {self.who}: {self.note or 'no reason given'}"
 
 
 class DeployRecord(Record):
@@ -165,6 +218,21 @@ class VerifyRecord(Record):
     endpoint_config_name: str
     status: str
     bundle_digest: str
+    golden_studies: int = 0
+    """Studies of the locked test set that it answered as the evaluation did."""
+    largest_difference: float | None = None
+    """Of a probability, among those; None where there were none."""
+
+
+class EvidenceRecord(Record):
+    """``bundle/`` holds what the version rests on, ``bundle/index.html`` is its first page."""
+
+    stage = "evidence"
+    archive: str
+    """URI of a ZIP of it, named by its content: another one never replaces it."""
+    archive_digest: str
+    """SHA-256 of that file."""
+    files: int
 
 
 class PromoteRecord(Record):
@@ -172,7 +240,11 @@ class PromoteRecord(Record):
     model_name: str
     model_version: int
     previous_version: int | None
+    """The version that the alias ``previous`` points at now."""
     bundle_digest: str
+    entry: int | None = None
+    """Number of the newest entry of the project's history, see :mod:`cv_factory_ops.audit`."""
+    entry_digest: str = ""
 
 
 class DriftRecord(Record):

@@ -1,4 +1,9 @@
-"""MLflow: runs that a retry rejoins, model versions, and the aliases ``champion`` and ``challenger``.
+"""MLflow: runs that a retry rejoins, model versions, and the aliases ``champion``, ``challenger`` and ``previous``.
+
+What the aliases are is decided by the project's history (:mod:`cv_factory_ops.audit`), MLflow's are a copy of it: a move is
+first an entry there, then a change here. Were it the other way round, a crash in between would leave a move that nobody has
+written down, and of two writers the later one would win without knowing of the other. As it is, a crash leaves an entry that
+whoever reads or moves an alias next brings to MLflow, see :func:`align`.
 
 A registered version carries everything that later stages look up as tags: bundle URI and digest, data and test digest,
 git sha, run URI.
@@ -10,29 +15,30 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cv_factory_ops import storage
+from cv_factory_ops import audit
 from cv_factory_ops.config import ProjectConfig, home
 from cv_factory_ops.errors import ConfigError, DataError, GateRefused, Unavailable
 from cv_factory_ops.records import (
     EvaluateRecord,
     GateRecord,
     IngestRecord,
-    PromoteRecord,
     RegisterRecord,
     TrainRecord,
-    VerifyRecord,
 )
+from cv_factory_ops.stage import record_digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from cv_factory_ops.stage import Stage
+
+log = logging.getLogger("cvf")
 
 RUN_TAG = "cvf.run"
 """Tag of an MLflow run that names the run directory it belongs to: what a retry finds its run by."""
@@ -131,18 +137,68 @@ def champion(config: ProjectConfig) -> Champion | None:
     """The current champion of a project, None before the first promotion."""
     client = connect(config)
     with explained(f"model {config.project}"):
-        version = _by_alias(client, config.project, "champion")
-    if version is None:
-        return None
+        number = align(client, config).get("champion")
+        if number is None:
+            return None
+        version = client.get_model_version(config.project, str(number))
     tags = version.tags
-    return Champion(int(version.version), tags["bundle"], tags["bundle_digest"], tags["test_digest"], version.run_id)
+    return Champion(number, tags["bundle"], tags["bundle_digest"], tags["test_digest"], version.run_id)
+
+
+def run_of(config: ProjectConfig, version: int) -> str:
+    """URI of the run that made a version.
+
+    Raises:
+        DataError: there is no such version.
+    """
+    client = connect(config)
+    with explained(f"version {version} of model {config.project}"):
+        run: str | None = client.get_model_version(config.project, str(version)).tags.get(RUN_TAG)
+    if run is None:
+        raise DataError(f"version {version} of model {config.project}: its tag {RUN_TAG} names no run")
+    return run
+
+
+def align(client: MlflowClient, config: ProjectConfig) -> audit.Aliases:
+    """Make MLflow's aliases those of the project's history; returns them. Without a history they are left as they are."""
+    name, found = config.project, _aliases(client, config.project)
+    while entry := audit.head(config):
+        wanted = entry.change.aliases
+        for alias in audit.ALIASES:
+            if found.get(alias) == wanted.get(alias):
+                continue
+            log.info("alias %s of %s: %s, now %s", alias, name, found.get(alias, "none"), wanted.get(alias, "none"))
+            if alias in wanted:
+                client.set_registered_model_alias(name, alias, str(wanted[alias]))
+            else:
+                client.delete_registered_model_alias(name, alias)
+        if audit.head(config) == entry:  # else another one has moved on meanwhile, and this may have undone its work
+            return wanted
+        found = _aliases(client, name)
+    return found
+
+
+def move(config: ProjectConfig, propose: Callable[[audit.Aliases], audit.Change | None]) -> audit.Entry | None:
+    """Write a change of aliases down, then make it in MLflow; returns the newest entry of the history.
+
+    ``propose``: see :func:`cv_factory_ops.audit.append`.
+    """
+    client = connect(config)
+    with explained(f"model {config.project}"):
+        audit.append(config, align(client, config), propose)
+        align(client, config)
+    return audit.head(config)
 
 
 def register(stage: Stage) -> RegisterRecord:
-    """Stage ``register``: log the bundle as a pyfunc, make the model version, point ``challenger`` at it."""
+    """Stage ``register``: log the bundle as a pyfunc, make the model version, point ``challenger`` at it.
+
+    Raises:
+        GateRefused: the gate has refused it, or compared it with another champion than the present one.
+    """
     train, ingest, gate = stage.read(TrainRecord), stage.read(IngestRecord), stage.read(GateRecord)
-    if gate.verdict != "passed":
-        raise DataError(f"{stage.run}: the gate has not passed")
+    if gate.refusal and not (stage.order and stage.order.override):
+        raise GateRefused(f"the gate has refused it: {gate.refusal}")
     name, run_id, bundle = stage.config.project, train.mlflow_run_id, stage.local(train.bundle)
     tags = {
         "bundle": train.bundle,
@@ -151,12 +207,32 @@ def register(stage: Stage) -> RegisterRecord:
         "test_digest": ingest.test_digest,
         "git_sha": json.loads((bundle / "bundle.json").read_text())["git_sha"],
         RUN_TAG: stage.run,
+        "gate": gate.verdict,
+        "gate_digest": record_digest(stage.run, "gate"),
     }
     client = connect(stage.config)
     with explained(f"model {name}"):
-        _require_same_rival(client, stage)
-        version = _version_of_run(client, name, run_id) or _new_version(client, name, run_id, bundle, tags)
-        client.set_registered_model_alias(name, "challenger", str(version))
+        known = _version_of_run(client, name, stage.run)
+        require_same_rival(stage, align(client, stage.config), known)
+        version = known or _new_version(client, name, run_id, bundle, tags)
+
+    def propose(aliases: audit.Aliases) -> audit.Change | None:
+        require_same_rival(stage, aliases, version)
+        if version in (aliases.get("challenger"), aliases.get("champion")):
+            return None
+        return audit.Change(
+            action="registration",
+            who=acting(stage),
+            why=f"the gate: {gate.summary}",
+            run=stage.run,
+            version=version,
+            bundle_digest=train.bundle_digest,
+            gate_digest=tags["gate_digest"],
+            override=stage.order.override if stage.order else "",
+            aliases={**aliases, "challenger": version},
+        )
+
+    move(stage.config, propose)
     return RegisterRecord(
         summary=f"version {version} of {name}, bundle {train.bundle_digest[:12]}",
         links=train.links,
@@ -168,62 +244,30 @@ def register(stage: Stage) -> RegisterRecord:
     )
 
 
-def promote(stage: Stage) -> PromoteRecord:
-    """Stage ``promote``: only after the live endpoint was verified does ``champion`` move.
-
-    The first promotion locks the test set: later trainings are judged on exactly these images.
-    """
-    registered, verified = stage.read(RegisterRecord), stage.read(VerifyRecord)
-    if verified.bundle_digest != registered.bundle_digest:
-        raise DataError(
-            f"endpoint {verified.endpoint_name} serves bundle {verified.bundle_digest[:12]}, "
-            f"registered is {registered.bundle_digest[:12]}; the alias stays where it is"
-        )
-    _lock_test_set(stage)
-    client, name, version = connect(stage.config), registered.model_name, registered.model_version
-    with explained(f"model {name}"):
-        _require_same_rival(client, stage)
-        previous = _previous(client, name, version)
-        client.set_model_version_tag(name, str(version), "previous_champion", str(previous or ""))
-        client.set_registered_model_alias(name, "champion", str(version))
-    return PromoteRecord(
-        summary=f"champion is version {version}" + (f" (was {previous})" if previous else ""),
-        model_name=name,
-        model_version=version,
-        previous_version=previous,
-        bundle_digest=registered.bundle_digest,
-    )
-
-
-def locked_test(config: ProjectConfig) -> str:
-    """URI of the list of pixel digests that the test set is locked to."""
-    return f"{config.root}/locked_test.json"
-
-
-def _lock_test_set(stage: Stage) -> None:
-    from cv_factory_ops.ingestion.manifest import read_manifest
-
-    if storage.exists(locked_test(stage.config)):
-        return
-    manifest = read_manifest(stage.local(f"{stage.run}/ingest"))
-    digests = sorted(manifest.loc[manifest["split"] == "test", "digest"])
-    storage.write_bytes(locked_test(stage.config), json.dumps({"run": stage.run, "digests": digests}).encode())
-
-
-def _require_same_rival(client: MlflowClient, stage: Stage) -> None:
-    """The champion is still the one that the gate compared with, or already this run's own version.
+def require_same_rival(stage: Stage, aliases: audit.Aliases, own: int | None) -> None:
+    """The champion is still the one that the gate compared with, or already this run's ``own`` version, or a person decides.
 
     Raises:
         GateRefused: another training has been promoted meanwhile.
     """
-    judged = stage.read(EvaluateRecord).champion_version
-    current = _by_alias(client, stage.config.project, "champion")
-    if current is None or int(current.version) == judged or current.tags.get(RUN_TAG) == stage.run:
+    judged, current = stage.read(EvaluateRecord).champion_version, aliases.get("champion")
+    if stage.order or current in (None, judged, own):
         return
     raise GateRefused(
-        f"champion is now version {current.version}, the gate compared with {judged or 'none'}; "
+        f"champion is now version {current}, the gate compared with {judged or 'none'}; "
         "compare again with `cvf evaluate --force`, then go on from the gate"
     )
+
+
+def acting(stage: Stage) -> str:
+    """Who the history names: the person, or the run, whose name holds those of the DAG and its run."""
+    return stage.order.who if stage.order else f"run {stage.run.rsplit('/', 1)[1]}"
+
+
+def _aliases(client: MlflowClient, name: str) -> audit.Aliases:
+    """As MLflow has them."""
+    found = {alias: _by_alias(client, name, alias) for alias in audit.ALIASES}
+    return {alias: int(version.version) for alias, version in found.items() if version}
 
 
 def _experiment(client: MlflowClient, config: ProjectConfig) -> str:
@@ -258,8 +302,8 @@ def _by_alias(client: MlflowClient, name: str, alias: str) -> Any:
         raise
 
 
-def _version_of_run(client: MlflowClient, name: str, run_id: str) -> int | None:
-    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+def _version_of_run(client: MlflowClient, name: str, run: str) -> int | None:
+    versions = client.search_model_versions(f"name = '{name}' and tags.`{RUN_TAG}` = '{run}'")
     return int(versions[0].version) if versions else None
 
 
@@ -294,14 +338,3 @@ def _log_pyfunc(client: MlflowClient, run_id: str, bundle: Path) -> Any:
             signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype("float32"), (-1, -1, -1))])),
             pip_requirements=[f"cv-factory=={cv_factory_ops.__version__}"],
         )
-
-
-def _previous(client: MlflowClient, name: str, version: int) -> int | None:
-    """The champion before this version, also when the alias has already moved in an earlier try."""
-    current = _by_alias(client, name, "champion")
-    if current is None:
-        return None
-    if int(current.version) != version:
-        return int(current.version)
-    before = current.tags.get("previous_champion", "")
-    return int(before) if before else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 
 import uvicorn
 from starlette.applications import Starlette
@@ -14,6 +15,16 @@ LARGEST_BODY = 6 * 1024 * 1024
 """Bytes of a request that SageMaker lets through to a container."""
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep an idle connection: the client closes it, so no request meets a closed one."""
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+"""Upper bounds, in seconds, of the latency histograms of all servers, so that they can be laid over each other."""
+
+
+class Refused(Exception):
+    """An HTTP status with a code for programs and a line for people, which quotes nothing of the request."""
+
+    def __init__(self, status: int, code: str, message: str, *, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, dict(headers or {})
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -27,7 +28,7 @@ import cv_factory_ops
 from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig, home
 from cv_factory_ops.domain import Domain, open_domain
-from cv_factory_ops.errors import ConfigError, DataError
+from cv_factory_ops.errors import ConfigError, DataError, GateRefused
 from cv_factory_ops.records import Record, Result
 
 log = logging.getLogger("cvf")
@@ -67,14 +68,14 @@ STAGES = {
         "ingestion.ingest:run",
         "read, check and split the images",
         (),
-        ("project", "domain", "labels", "data", "decoding", "splits"),
+        ("project", "domain", "task", "labels", "data", "decoding", "splits"),
         "ingestion.ingest:fingerprint",
     ),
     "preprocess": Spec(
         "preprocessing.preprocess:run",
         "write the training shards",
         ("ingest",),
-        ("decoding", "preprocessing"),
+        ("task", "decoding", "preprocessing"),
         resumes=True,
     ),
     "train": Spec(
@@ -84,6 +85,7 @@ STAGES = {
         (
             "project",
             "domain",
+            "task",
             "labels",
             "decoding",
             "preprocessing",
@@ -105,9 +107,17 @@ STAGES = {
         ("ingest", "preprocess", "train"),
         ("project", "evaluation", "calibration", "explanations", "mlflow"),
     ),
-    "gate": Spec("evaluation.gate:run", "decide whether the challenger may be registered", ("ingest", "evaluate"), ("gate",)),
+    "gate": Spec(
+        "evaluation.gate:run",
+        "decide whether the challenger may be registered",
+        ("ingest", "preprocess", "train", "evaluate"),
+        ("domain", "evaluation", "gate", "mlflow"),
+    ),
     "register": Spec(
         "registry:register", "register the model version in MLflow", ("ingest", "train", "evaluate", "gate"), ("mlflow",)
+    ),
+    "approve": Spec(
+        "promotion:approve", "keep what a person answers who is asked before the rollout", ("gate", "register"), (), "stage:now"
     ),
     "deploy": Spec("deploy.sagemaker:run", "roll the version out to the endpoint", ("register",), ("deploy",), "stage:now"),
     "verify": Spec(
@@ -117,20 +127,49 @@ STAGES = {
         ("deploy",),
         "stage:now",
     ),
+    "evidence": Spec(
+        "evaluation.evidence:run",
+        "collect what the version rests on, as a folder and an archive",
+        ("ingest", "preprocess", "train", "evaluate", "gate", "register", "verify"),
+        tuple(ProjectConfig.model_fields),
+        "evaluation.evidence:fingerprint",
+    ),
     "promote": Spec(
-        "registry:promote", "move the alias champion", ("ingest", "evaluate", "register", "verify"), ("mlflow",), "stage:now"
+        "promotion:promote",
+        "move the alias champion",
+        ("ingest", "evaluate", "gate", "register", "verify", "evidence"),
+        ("mlflow",),
+        "stage:now",
     ),
     "drift": Spec(
         "drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow"), "drift.window:fingerprint"
     ),
     "decide": Spec("drift.decide:run", "decide whether to retrain, and store why", ("drift",), ("decision",)),
     "predict": Spec(
-        "batch:run", "run the champion over a batch of studies", (), ("project", "batch", "data", "mlflow"), "batch:fingerprint"
+        "batch:run",
+        "run the champion over a batch of studies",
+        (),
+        ("project", "batch", "data", "mlflow"),
+        "batch:fingerprint",
+        resumes=True,
     ),
 }
 
-TRAINING = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "deploy", "verify", "promote")
+TRAINING = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "deploy", "verify", "evidence", "promote")
 """The stages of a training, in order."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a person asked for by `cvf promote`, `cvf rollback` or `cvf approve`."""
+
+    action: Literal["promotion", "rollback", "approval", "rejection"]
+    who: str
+    why: str
+    override: str = ""
+    """Why the version shall pass though the gate refused it."""
+    time: datetime | None = None
+    """Of an answer that was given earlier, UTC."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +182,8 @@ class Stage:
     """URI of the run directory."""
     workspace: Path
     """Local folder of this run that survives a crash; only this machine sees it when the run lies on S3."""
+    order: Order | None = None
+    """What a person asked for, where it is a person who runs the stage, by name and with a reason."""
 
     @property
     def out(self) -> Path:
@@ -188,18 +229,34 @@ def read_result(run: str, name: str) -> Result:
         raise _other_version(run, name) from None
 
 
+def record_digest(run: str, name: str) -> str:
+    """SHA-256 of a stage's record as JSON, keys sorted: what the history calls it by.
+
+    Raises:
+        DataError: as :func:`read_result`.
+    """
+    return storage.text_digest(json.dumps(read_result(run, name).record, sort_keys=True))
+
+
 def _other_version(run: str, name: str) -> DataError:
     return DataError(f"{run}/{name}/result.json: was written by another version; run `cvf {name} --force`")
 
 
-def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False) -> Result:
+def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False, order: Order | None = None) -> Result:
     """Run a stage, or return its stored result where nothing that it depends on has changed.
 
     Raises:
-        CvFactoryError: with the exit code that says what a retry would do.
+        CvFactoryError: with the exit code that says what a retry would do. The result of a gate that refused is stored before.
     """
+    result = _result(name, config, run, force, order)
+    if result.refusal:
+        raise GateRefused(result.refusal)
+    return result
+
+
+def _result(name: str, config: ProjectConfig, run: str, force: bool, order: Order | None) -> Result:
     spec = STAGES[name]
-    stage = Stage(name, config, run, _workspace(run))
+    stage = Stage(name, config, run, _workspace(run), order)
     with _alone(stage):
         digest = _inputs_digest(stage, spec)
         if not force and (stored := _stored(stage, digest)):
@@ -216,6 +273,7 @@ def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False
                 inputs_digest=digest,
                 seconds=round(time.monotonic() - started, 3),
                 record=record.model_dump(mode="json"),
+                refusal=record.refusal,
             )
             (stage.out / INPUTS).unlink()
             _publish(stage, result)

@@ -68,6 +68,30 @@ def write_bytes(uri: str, content: bytes) -> None:
             _s3().put_object(Bucket=bucket, Key=key, Body=content)
 
 
+def create_bytes(uri: str, content: bytes) -> bool:
+    """Write one object where there is none yet, atomically; False, and nothing is changed, where there is another one.
+
+    Of several writers exactly one is told True: a hard link is made once (unlike ``O_EXCL``, it shows no half-written file
+    after a crash), and S3 compares by ``If-None-Match``.
+    """
+    with _explained(uri):
+        if path := path_of(uri):
+            return _create_file(path, content)
+        bucket, key = _bucket_key(uri)
+        from botocore.exceptions import ClientError
+
+        try:
+            _s3().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code == "ConditionalRequestConflict":  # another writer is at it at this very moment
+                return create_bytes(uri, content)
+            if code != "PreconditionFailed":
+                raise
+            return read_bytes(uri) == content  # our own, where the answer to a first attempt was lost
+        return True
+
+
 def exists(uri: str) -> bool:
     """Whether there is an object at exactly this URI."""
     with _explained(uri):
@@ -208,6 +232,23 @@ def _write_file(path: Path, content: bytes) -> None:
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise
+
+
+def _create_file(path: Path, content: bytes) -> bool:
+    draft = _draft(path)
+    _write_file(draft, content)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name too must outlive a loss of power
+    finally:
+        os.close(folder)
+    return True
 
 
 def _download(uri: str, target: Path) -> None:

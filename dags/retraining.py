@@ -9,4 +9,4 @@ from cv_factory_airflow.projects import dag_settings, projects, training_stages
 
 for path, config in projects():
     with DAG(f"{config.project}_retraining", doc_md=__doc__, **dag_settings(path, config)):
-        training_stages(settings={"data.include_captures": True})
+        training_stages(config, settings={"data.include_captures": True})

@@ -11,4 +11,4 @@ from cv_factory_airflow.projects import dag_settings, projects, training_stages
 for path, config in projects():
     schedule = config.schedule.training
     with DAG(f"{config.project}_training", doc_md=__doc__, **dag_settings(path, config, schedule)):
-        training_stages()
+        training_stages(config)

@@ -34,6 +34,7 @@ Environment variables, for what differs from machine to machine rather than from
 | `CVF_STATE` | directory of Airflow's and MLflow's databases, storage and logs in `airflow.env` (default: `$CVF_HOME/var`) |
 | `CVF_STORAGE` | storage root, instead of `storage` |
 | `CVF_PSEUDONYM_KEY` | key of the pseudonyms; without it one is made in `var/pseudonym.key` |
+| `CVF_GATEWAY_RATE_STORAGE` | where the gateway counts requests, instead of `gateway.rate_storage`: for one with a password |
 | `CVF_CONFIGS` | folder that the DAG files read projects from (default: `configs/` beside `dags/`) |
 | `CVF_AWS_CONN_ID` | Airflow connection whose AWS credentials the stages are given |
 | `CVF_GIT_SHA` | commit that a bundle names, where there is no repository |

@@ -88,10 +88,29 @@ class Medical:
 
         return secondary_capture(study, overlay, description, software)
 
-    def generate(self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str]) -> None:
+    def report(
+        self, study: bytes, label: str, scores: Mapping[str, float], abstained: bool, model: str, software: Sequence[str]
+    ) -> bytes:
+        from domain_medical.structured_report import structured_report
+
+        return structured_report(study, label, scores, abstained, model, software)
+
+    def segmentation(self, study: bytes, mask: NDArray[np.uint8], labels: Sequence[str], software: Sequence[str]) -> bytes:
+        from domain_medical.segmentation import segmentation
+
+        return segmentation(study, mask, labels, software)
+
+    def read_mask(self, data: bytes) -> NDArray[np.uint8]:
+        from domain_medical.segmentation import read_mask
+
+        return read_mask(data)
+
+    def generate(
+        self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str], masks: bool = False
+    ) -> None:
         from domain_medical.synthetic import generate
 
-        generate(directory, patients=patients, image_size=image_size, seed=seed, labels=labels)
+        generate(directory, patients=patients, image_size=image_size, seed=seed, labels=labels, masks=masks)
 
 
 DOMAIN: Domain = Medical()

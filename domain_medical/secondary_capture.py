@@ -67,10 +67,10 @@ def secondary_capture(data: bytes, overlay: NDArray[np.uint8], description: str,
         coordinate_system="PATIENT",
         patient_orientation=("L", "F"),
         study_instance_uid=text(study, "StudyInstanceUID") or "",
-        series_instance_uid=_uid(f"series\n{name}"),
+        series_instance_uid=uid(f"series\n{name}"),
         series_number=SERIES_NUMBER,
         series_description="Explanation of a model's answer",
-        sop_instance_uid=_uid(f"instance\n{name}"),
+        sop_instance_uid=uid(f"instance\n{name}"),
         instance_number=1,
         manufacturer=MANUFACTURER,
         manufacturer_model_name=MANUFACTURER,
@@ -78,21 +78,26 @@ def secondary_capture(data: bytes, overlay: NDArray[np.uint8], description: str,
         specific_character_set="ISO_IR 192",
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
-    _take_over(capture, study)
-    capture.DerivationDescription = description[:_LONG_TEXT]
-    capture.SourceImageSequence = [_source(study)]
-    return _written(capture)
-
-
-def _take_over(capture: SCImage, study: FileDataset) -> None:
-    for keyword in _OF_TODAY:
-        del capture[keyword]
-    for equipment in capture.ContributingEquipmentSequence:
-        del equipment.ContributionDateTime
+    belong(capture, study)
     capture.PatientOrientation = capture.Laterality = None
-    for keyword in (*_STUDY, *_IMAGE):
+    for keyword in _IMAGE:
         if keyword in study:
             capture[keyword] = study[keyword]
+    capture.DerivationDescription = description[:_LONG_TEXT]
+    capture.SourceImageSequence = [_source(study)]
+    return written(capture)
+
+
+def belong(made: Dataset, study: FileDataset) -> None:
+    """What was made of a study is of its patient and of its day: today's would tell by how much its dates were moved."""
+    for keyword in _OF_TODAY:
+        if keyword in made:
+            del made[keyword]
+    for equipment in made.ContributingEquipmentSequence:
+        equipment.pop("ContributionDateTime", None)
+    for keyword in _STUDY:
+        if keyword in study:
+            made[keyword] = study[keyword]
 
 
 def _source(study: FileDataset) -> Dataset:
@@ -107,13 +112,14 @@ def _source(study: FileDataset) -> Dataset:
     return source
 
 
-def _uid(name: str) -> str:
+def uid(name: str) -> str:
     """Below the root 2.25, for UIDs made of a UUID (PS3.5 B.2)."""
     return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, name).int}"
 
 
-def _written(capture: SCImage) -> bytes:
+def written(made: Dataset) -> bytes:
+    """As a file of PS3.10."""
     silence_warnings()
     target = BytesIO()
-    dcmwrite(target, capture, enforce_file_format=True)
+    dcmwrite(target, made, enforce_file_format=True)
     return target.getvalue()

@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
@@ -107,12 +108,17 @@ def generate(
     seed: int,
     labels: Sequence[str],
     scanners: Sequence[Scanner] = SCANNERS,
+    masks: bool = False,
 ) -> None:
-    """Write one or two ``.dcm`` files a patient and ``labels.csv`` (columns ``file``, ``label``) into a directory.
+    """Write one or two ``.dcm`` files a patient and ``labels.csv`` (columns ``file``, ``label``) into a directory; with
+    ``masks`` also ``masks/<name>.png``, the class of each pixel: that of the opacity where it has half its greatest strength,
+    else 0.
 
     Labels take turns, so each has its share of the patients.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if masks:
+        (directory / "masks").mkdir(exist_ok=True)
     with (directory / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["file", "label"])
@@ -120,7 +126,10 @@ def generate(
             patient = _Patient(seed, number, number % len(labels), image_size)
             for view in range(1 + int(patient.rng.random() < 0.4)):
                 name = f"{number:05d}_{view}.dcm"
-                (directory / name).write_bytes(patient.study(view, scanners))
+                study, mask = patient.image(view, scanners)
+                (directory / name).write_bytes(study)
+                if masks:
+                    (directory / "masks" / f"{number:05d}_{view}.png").write_bytes(cv2.imencode(".png", mask)[1].tobytes())
                 table.writerow([name, labels[patient.kind]])
 
 
@@ -146,15 +155,20 @@ class _Patient:
 
     def study(self, view: int, scanners: Sequence[Scanner]) -> bytes:
         """A DICOM Part 10 file."""
+        return self.image(view, scanners)[0]
+
+    def image(self, view: int, scanners: Sequence[Scanner]) -> tuple[bytes, NDArray[np.uint8]]:
+        """A DICOM Part 10 file, and its mask (size, size): the number of the finding where it is, else 0."""
         rng = np.random.default_rng([self.seed, self.number, view])
         scanner = scanners[int(rng.integers(len(scanners)))]
         bits = int(rng.choice(scanner.bits_stored))
-        shown = _acquire(_chest(self, rng), scanner, rng)
-        return _file(self, view, scanner, bits, shown)
+        chest, finding = _chest(self, rng)
+        mask = self.kind * (finding > max(finding.max() / 2, 1e-6)).astype(np.uint8)
+        return _file(self, view, scanner, bits, _acquire(chest, scanner, rng)), mask
 
 
-def _chest(patient: _Patient, rng: Generator) -> Image:
-    """(size, size) attenuation of a frontal chest, about 0 (air) .. 1 (dense)."""
+def _chest(patient: _Patient, rng: Generator) -> tuple[Image, Image]:
+    """(size, size) attenuation of a frontal chest, about 0 (air) .. 1 (dense), and what the finding adds to it."""
     y, x = _grid(patient.size, rng)
     wide, high, tilt, big, spine, fat, air, rib = patient.anatomy
     body = _edge(1.0 - (x / (0.93 + 0.05 * wide)) ** 4 - (y / 1.25) ** 6, 0.15)
@@ -170,10 +184,12 @@ def _chest(patient: _Patient, rng: Generator) -> Image:
     image += 0.055 * np.clip(np.cos((y + 0.35 * x**2) * (19.0 + 2.0 * rib) + 3.0 * tilt), 0, 1) ** 2 * lungs
     image += 0.16 * np.exp(-((x / (0.13 + 0.02 * spine)) ** 2)) * body + 0.10 * heart
     image += _vessels(x, y, rng) * lungs
+    finding: Image = np.zeros_like(x)
     if patient.kind:
-        image += _opacity(x, y, patient) * np.clip(lungs + 0.15, 0, 1)
+        finding = _opacity(x, y, patient) * np.clip(lungs + 0.15, 0, 1)
+        image += finding
     chest: Image = image
-    return chest
+    return chest, finding
 
 
 def _grid(size: int, rng: Generator) -> tuple[Image, Image]:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from cv_factory_airflow import run_uri
+from cv_factory_ops import audit, storage
+from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
 from cv_factory_ops.stage import TRAINING
+from cv_factory_ops.storage import path_of
 from local.stack import MARK, sourced, stop
 from tests.conftest import TINY
 
@@ -199,6 +206,51 @@ def test_drift_triggers_one_retraining_even_when_repeated(
     assert again["tasks"] == first["tasks"] | {"retrain": "skipped"}
 
 
+@pytest.fixture(scope="module")
+def guarded(local: LocalAirflow, trained: subprocess.CompletedProcess[str]) -> Iterator[ProjectConfig]:
+    """The project ``guarded``, in which a person must agree. What comes before the gate is that of ``tiny``."""
+    path = local.configs / "guarded.yaml"
+    tree = yaml.safe_load((local.configs / "tiny.yaml").read_text())
+    path.write_text(yaml.safe_dump(tree | {"project": "guarded", "approval": {"enabled": True, "assignees": ["mara"]}}))
+    root = local.home / "var" / "storage"
+    (first,) = (root / "tiny" / "runs").glob("tiny_training.*")
+    for day in ("2026-03-01", "2026-03-02"):
+        run = path_of(run_uri((root / "guarded").as_uri(), "guarded_training", f"manual__{day}T00:00:00+00:00"))
+        assert run is not None
+        for stage in ("ingest", "preprocess", "train", "evaluate"):
+            shutil.copytree(first / stage, run / stage)
+            result = run / stage / "result.json"
+            result.write_text(result.read_text().replace(str(first), str(run)))
+    yield load(path, [f"storage={root}"])  # wherever the home of a test is
+    path.unlink()
+
+
+def test_a_rejected_rollout_stops_with_the_cause_and_changes_nothing(local: LocalAirflow, guarded: ProjectConfig) -> None:
+    ended = local.python(ASKED, "2026-03-01", "Reject", "too few men", **LOGINS)
+    assert ended["statuses"] == {"otto": 403, "mara": 200}, "only those may answer who were named"
+    assert "auc" in ended["question"]["body"]
+    assert ended["question"]["subject"] == "Roll out version 1 of guarded?"
+    states = ended["states"]
+    assert (states["ask_approval"], states["approve"], states["deploy"]) == ("success", "failed", "upstream_failed")
+    assert "the rollout was rejected by mara: too few men" in ended["log"]
+    history = [entry.change for entry in audit.verify(guarded)]
+    assert [change.action for change in history] == ["registration"], "no promotion, and nothing was deployed"
+    assert "guarded" not in ended["endpoints"]
+
+
+def test_an_approved_rollout_has_the_approval_in_history_and_evidence(local: LocalAirflow, guarded: ProjectConfig) -> None:
+    ended = local.python(ASKED, "2026-03-02", "Approve", "enough of each sex", **LOGINS)
+    assert set(ended["states"].values()) == {"success"}, ended["states"]
+    change = audit.verify(guarded)[-1].change
+    assert (change.action, change.approval.who, change.approval.note) == ("promotion", "mara", "enough of each sex")
+    assert change.who == f"run {change.run.rsplit('/', 1)[1]}"
+    assert change.who.startswith("run guarded_training.manual__2026-03-02")
+    with zipfile.ZipFile(BytesIO(storage.read_bytes(change.evidence))) as archive:
+        kept = json.loads(archive.read("3-impact-assessment/approval.json"))
+    assert (kept["who"], kept["approved"], kept["note"]) == ("mara", True, "enough of each sex")
+    assert "guarded" in ended["endpoints"]
+
+
 def _published(local: LocalAirflow, kind: str) -> set[str]:
     """Stages with a result in the one run of a DAG."""
     (run,) = (local.home / "var" / "storage" / "tiny" / "runs").glob(f"tiny_{kind}.*")
@@ -261,6 +313,51 @@ modules = sorted({name.partition(".")[0] for name in sys.modules})
 print()
 dags = {name: dag(each) for name, each in bag.dags.items()}
 print(json.dumps({"dags": dags, "errors": bag.import_errors, "modules": modules}))
+"""
+
+LOGINS = {"AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "False"}
+"""Where everybody is an admin, Airflow lets everybody answer."""
+
+ASKED = """
+import io, json, logging, os, sys, threading, time
+from datetime import datetime
+from airflow.api_fastapi.app import create_app
+from airflow.api_fastapi.auth.managers.simple.user import SimpleAuthManagerUser
+from airflow.dag_processing.bundles.manager import DagBundlesManager
+from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+from fastapi.testclient import TestClient
+day, choice, note = sys.argv[1:]
+run_id, dag_id = f"manual__{day}T00:00:00+00:00", "guarded_training"
+DagBundlesManager().sync_bundles_to_db()
+bag = DagBag()
+sync_bag_to_db(bag, "dags-folder", None)
+app = create_app(apps="core")
+task = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/ask_approval"
+found = {"statuses": {}}
+def browser(user):
+    token = app.state.auth_manager.generate_jwt(SimpleAuthManagerUser(username=user, role="admin"))
+    return TestClient(app, headers={"Authorization": f"Bearer {token}"})
+def answer():
+    mara = browser("mara")
+    while mara.get(task).json().get("state") != "awaiting_input":
+        time.sleep(0.5)
+    found["question"] = mara.get(f"{task}/-1/hitlDetails").json()
+    given = {"chosen_options": [choice], "params_input": {"note": note}}
+    for user in ("otto", "mara"):
+        found["statuses"][user] = browser(user).patch(f"{task}/-1/hitlDetails", json=given).status_code
+threading.Thread(target=answer, daemon=True).start()
+when = datetime.fromisoformat(day + "T00:00:00+00:00")
+stdout, sys.stdout = sys.stdout, io.StringIO()
+run = bag.dags[dag_id].test(run_after=when, logical_date=when, mark_success_pattern="ingest|preprocess|train|evaluate")
+log, sys.stdout = sys.stdout.getvalue(), stdout
+import boto3
+keys = {"aws_access_key_id": "local", "aws_secret_access_key": "local", "region_name": "us-east-1"}
+client = boto3.client("sagemaker", endpoint_url=os.environ["AWS_ENDPOINT_URL_SAGEMAKER"], **keys)
+found["endpoints"] = [item["EndpointName"] for item in client.list_endpoints()["Endpoints"]]
+found["states"] = {each.task_id: str(each.state) for each in run.get_task_instances()}
+found["log"] = log[-20000:]
+print()
+print(json.dumps(found))
 """
 
 MONITOR = """

@@ -82,7 +82,8 @@ def test_deploy_and_verify_and_deploy_again(config: ProjectConfig, home: Path) -
     assert counts(session(config)) == (1, 1, 1)
 
     second = registered(home, "second", two)
-    assert deploy(config, second).previous_config_name == record.endpoint_config_name
+    for force in (False, True):
+        assert deploy(config, second, force=force).previous_config_name == record.endpoint_config_name, "also told again"
     assert verify(config, second).bundle_digest == two.digest
     assert counts(session(config)) == (2, 2, 1)
     with pytest.raises(DataError, match=r"silent rollback: endpoint tiny serves endpoint config"):
@@ -183,7 +184,8 @@ def test_the_same_calls_go_to_aws(
     """Against moto's server, where an endpoint is InService at once."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", s3_server)
     role, image = "arn:aws:iam::123456789012:role/sagemaker", "123456789012.dkr.ecr.us-east-1.amazonaws.com/cv-factory:1"
-    aws = {"kind": "sagemaker", "image": image, "role_arn": role, "instance_type": "ml.c5.large", "instance_count": 2}
+    aws = {"kind": "sagemaker", "image": image, "role_arn": role, "inference": {"kind": "realtime"}}
+    aws["inference"] |= {"instance_type": "ml.c5.large", "instance_count": 2}
     config = load(project(deploy=aws, storage=f"s3://{bucket}/root"))
     bundle = write_bundle(home / "one", 1)
     client: Any = boto3.client("sagemaker")
@@ -199,7 +201,8 @@ def test_the_same_calls_go_to_aws(
     endpoint = client.describe_endpoint(EndpointName="tiny")
     assert endpoint["EndpointConfigName"] == record.endpoint_config_name
     tags = {tag["Key"]: tag["Value"] for tag in client.list_tags(ResourceArn=endpoint["EndpointArn"])["Tags"]}
-    assert tags == {"project": "tiny", "run": run, "bundle-digest": bundle.digest}
+    served = {"endpoint-config": record.endpoint_config_name, "previous-config": ""}
+    assert tags == {"project": "tiny", "run": run, "bundle-digest": bundle.digest} | served
     assert storage.exists(f"{config.root}/models/{bundle.digest}/model.tar.gz")
     assert deploy(config, run, force=True) == record
 

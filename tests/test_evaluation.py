@@ -22,7 +22,7 @@ from cv_factory_ops import registry
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca
 from cv_factory_ops.calibration import fit_temperature, operating_point, tempered
 from cv_factory_ops.config import CalibrationConfig, EvaluationConfig, PreprocessingConfig, SensitivityPoint, SmallCnn, load
-from cv_factory_ops.domain import Decoded, open_domain
+from cv_factory_ops.domain import Decoded, open_domain, to_uint16
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.evaluation import cards, pictures
 from cv_factory_ops.evaluation.bootstrap import Judged
@@ -173,14 +173,14 @@ def test_predictor_reference_and_evaluation_give_the_same_probabilities(evaluate
 
 def test_an_answer_near_the_threshold_is_marked_as_abstained(tmp_path: Path) -> None:
     bundle = write_tiny_bundle(tmp_path / "bundle", seed=1)
-    score = Predictor(bundle).answer([Decoded(IMAGE)]).predictions[0].score
+    score = Predictor(bundle).answer([Decoded(to_uint16(IMAGE))]).predictions[0].score
     near, far = score + 0.01, 0.5 * score
     for threshold, abstained in ((near, True), (far, False)):
         manifest = bundle.manifest.model_copy(update={"threshold": threshold, "abstention": 0.55})
-        answer = Predictor(Bundle(bundle.path, manifest)).answer([Decoded(IMAGE)]).predictions[0]
+        answer = Predictor(Bundle(bundle.path, manifest)).answer([Decoded(to_uint16(IMAGE))]).predictions[0]
         assert answer.abstained is abstained
         assert answer.label == ("opacity" if score >= threshold else "normal")
-    assert not Predictor(bundle).answer([Decoded(IMAGE)]).predictions[0].abstained
+    assert not Predictor(bundle).answer([Decoded(to_uint16(IMAGE))]).predictions[0].abstained
 
 
 def test_each_choice_is_made_with_those_before_it_in_use() -> None:

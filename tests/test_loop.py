@@ -19,7 +19,9 @@ import yaml
 from cv_factory_ops import registry, storage
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.errors import DataError
-from cv_factory_ops.records import EvaluateRecord, GateRecord, PredictRecord, PromoteRecord, RegisterRecord
+from cv_factory_ops.evaluation.gate import judge
+from cv_factory_ops.promotion import locked_test
+from cv_factory_ops.records import Criterion, EvaluateRecord, GateRecord, PredictRecord, PromoteRecord, RegisterRecord
 from cv_factory_ops.stage import TRAINING, read_result, run_stage
 from local.stack import _free_port
 from tests.conftest import TINY
@@ -69,6 +71,10 @@ def in_its_home(loop: Loop, home: Path, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, value)
 
 
+def reasons(criteria: list[Criterion]) -> list[str]:
+    return [row.reason for row in criteria if row.passed is False]
+
+
 def test_the_first_training_ends_with_version_1_as_champion(loop: Loop) -> None:
     champion = registry.champion(loop.config)
     registered = RegisterRecord.model_validate(read_result(loop.run, "register").record)
@@ -77,7 +83,7 @@ def test_the_first_training_ends_with_version_1_as_champion(loop: Loop) -> None:
     assert champion.bundle_digest == registered.bundle_digest
     version = registry.connect(loop.config).get_model_version("tiny", "1")
     assert {"bundle", "bundle_digest", "data_digest", "test_digest", "git_sha", "cvf.run"} <= set(version.tags)
-    locked = json.loads(storage.read_bytes(registry.locked_test(loop.config)))["digests"]
+    locked = json.loads(storage.read_bytes(locked_test(loop.config)))["digests"]
     manifest = pd.read_parquet(loop.home / "runs" / "first" / "ingest" / "manifest.parquet")
     assert set(locked) == set(manifest.loc[manifest["split"] == "test", "digest"])
 
@@ -130,20 +136,22 @@ def test_a_refused_challenger_leaves_its_verdict_and_exit_code_4(loop: Loop) -> 
     refused = loop.cvf("gate", "--config", str(loop.path), "--run", str(run), "--set", "gate.minimum=1.0")
     assert refused.returncode == 4
     assert "is below gate.minimum 1" in refused.stderr
-    verdict = GateRecord.model_validate_json((run / "gate.refused.json").read_bytes())
+    verdict = GateRecord.model_validate(read_result(run.as_uri(), "gate").record)
     assert verdict.verdict == "refused"
-    assert not (run / "gate").exists()
+    assert (run / "gate" / "criteria.png").stat().st_size > 0
+    again = loop.cvf("gate", "--config", str(loop.path), "--run", str(run), "--set", "gate.minimum=1.0")
+    assert (again.returncode, "nothing has changed" in again.stderr) == (4, True), "the stored refusal is one as well"
+    assert loop.cvf("register", "--config", str(loop.path), "--run", str(run)).returncode == 4
 
 
 def test_another_test_set_is_refused(loop: Loop) -> None:
-    from cv_factory_ops.evaluation.gate import objections
-
     record = EvaluateRecord.model_validate(read_result(loop.run, "evaluate").record)
-    rival = record.model_copy(update={"champion_version": 1, "champion_test_digest": "other"})
-    assert objections(rival, "this", (0.0, 0.1), loop.config.gate) == [
+    known = {"champion_version": 1, "champion_test_digest": "other", "champion_metrics": record.metrics}
+    rival = record.model_copy(update=known)
+    assert reasons(judge(rival, "this", (0.0, 0.1), loop.config.gate)) == [
         "the test set is not the one that the champion was judged on"
     ]
-    worse = objections(rival, "other", (-0.3, 0.1), loop.config.gate.model_copy(update={"margin": 0.02}))
+    worse = reasons(judge(rival, "other", (-0.3, 0.1), loop.config.gate.model_copy(update={"margin": 0.02})))
     assert len(worse) == 1
     assert "gate.margin is 0.02" in worse[0]
 
@@ -181,11 +189,9 @@ def test_a_batch_is_predicted_and_what_cannot_be_read_is_listed(loop: Loop, tmp_
 
 
 def test_the_gate_refuses_what_is_undefined(loop: Loop) -> None:
-    from cv_factory_ops.evaluation.gate import objections
-
     record = EvaluateRecord.model_validate(read_result(loop.run, "evaluate").record)
     broken = record.model_copy(update={"metrics": {"accuracy": 1.0}, "champion_version": None})
-    assert objections(broken, "t", None, loop.config.gate) == ["auc is undefined on the test set"]
+    assert reasons(judge(broken, "t", None, loop.config.gate)) == ["auc is undefined on the test set"]
     run = loop.home / "runs" / "undefined"
     shutil.copytree(loop.home / "runs" / "first", run, ignore=lambda _, names: [name for name in names if name == "gate"])
     evaluated = run / "evaluate" / "result.json"
@@ -194,7 +200,7 @@ def test_the_gate_refuses_what_is_undefined(loop: Loop) -> None:
     evaluated.write_text(json.dumps(result))
     refused = loop.cvf("gate", "--config", str(loop.path), "--run", str(run))
     assert refused.returncode == 4, refused.stderr
-    assert "auc undefined" in GateRecord.model_validate_json((run / "gate.refused.json").read_bytes()).summary
+    assert "auc undefined" in GateRecord.model_validate(read_result(run.as_uri(), "gate").record).summary
 
 
 def test_a_challenger_that_was_compared_with_an_older_champion_is_refused(loop: Loop) -> None:
@@ -234,10 +240,11 @@ def test_mlflow_models_serve_answers_like_the_endpoint(loop: Loop) -> None:
         answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         from cv_factory_ops.bundle import Bundle
-        from cv_factory_ops.domain import Decoded
+        from cv_factory_ops.domain import Decoded, to_uint16
         from cv_factory_ops.predictor import Predictor
 
-        ours = Predictor(Bundle.load(storage.local(registered.bundle, loop.home))).answer([Decoded(image)]).predictions[0]
+        predictor = Predictor(Bundle.load(storage.local(registered.bundle, loop.home)))
+        [ours] = predictor.answer([Decoded(to_uint16(image))]).predictions
         assert answer.json()["predictions"][0]["score"] == pytest.approx(ours.score, abs=1e-5)
     finally:
         os.killpg(server.pid, 15)

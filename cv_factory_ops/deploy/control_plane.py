@@ -7,73 +7,27 @@ snapshot of what it serves, so that deleting a model or an endpoint configuratio
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from cv_factory_ops import storage
+from cv_factory_ops.deploy.alarms import CloudWatch
+from cv_factory_ops.deploy.shelf import Item, ServiceError, Shelf, required, without
+from cv_factory_ops.deploy.traffic import Policy, Traffic
 from cv_factory_ops.deploy.variants import Fleet, NotHealthy
 
 log = logging.getLogger("cvf")
 
-REGION, ACCOUNT = "us-east-1", "000000000000"
-NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 IN_PROGRESS = frozenset({"Creating", "Updating", "RollingBack", "SystemUpdating", "Deleting"})
-Item = dict[str, Any]
+WATCH_SECONDS = 0.1
+"""How often alarms are looked at."""
 
 
-class ServiceError(Exception):
-    """An error in the form that AWS clients parse."""
-
-    def __init__(self, message: str, code: str = "ValidationException", status: int = 400, details: Item | None = None) -> None:
-        super().__init__(message)
-        self.code, self.status, self.details = code, status, details or {}
-
-
-class Shelf:
-    """The resources of one kind: a JSON file each, written atomically."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        self._folder, self._kind = folder / kind, kind
-        self._items: dict[str, Item] = {path.stem: json.loads(path.read_bytes()) for path in self._folder.glob("*.json")}
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(list(self._items.values()))
-
-    def arn(self, name: str) -> str:
-        return f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:{self._kind}/{name}"
-
-    def get(self, name: str) -> Item:
-        if name not in self._items:
-            raise ServiceError(f'Could not find {self._title} "{self.arn(name)}".')
-        return self._items[name]
-
-    def add(self, name: str, item: Item) -> str:
-        """Store a new resource; returns its ARN."""
-        if not NAME.fullmatch(name):
-            raise ServiceError(f"Value {name[:80]!r} at '{self._kind}Name' must satisfy regular expression {NAME.pattern}")
-        if name in self._items:
-            raise ServiceError(f'Cannot create already existing {self._title} "{self.arn(name)}".')
-        self.save(name, {**item, "CreationTime": time.time()})
-        return self.arn(name)
-
-    def save(self, name: str, item: Item) -> None:
-        storage.write_bytes((self._folder / f"{name}.json").resolve().as_uri(), json.dumps(item, indent=2).encode())
-        self._items[name] = item
-
-    def remove(self, name: str) -> None:
-        self.get(name)
-        (self._folder / f"{name}.json").unlink(missing_ok=True)
-        del self._items[name]
-
-    @property
-    def _title(self) -> str:
-        return {"endpoint-config": "endpoint configuration"}.get(self._kind, self._kind)
+class GoneWrong(Exception):
+    """A rollout is to be taken back; the message is the FailureReason."""
 
 
 class ControlPlane:
@@ -82,11 +36,12 @@ class ControlPlane:
     Every change runs on the event loop without awaiting in between, so requests do not need locks.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, cloudwatch: CloudWatch) -> None:
+        self._cloudwatch = cloudwatch
         self._processes = state / "processes"
         shutil.rmtree(self._processes, ignore_errors=True)
         self.models, self.configs, self.endpoints = (Shelf(state, kind) for kind in ("model", "endpoint-config", "endpoint"))
-        self.fleets: dict[str, Fleet] = {}
+        self.traffic: dict[str, Traffic] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._drains: set[asyncio.Task[None]] = set()
         self.operations: dict[str, Callable[[Item], Awaitable[Item]]] = {
@@ -98,6 +53,7 @@ class ControlPlane:
             "DeleteEndpointConfig": self._delete_endpoint_config,
             "CreateEndpoint": self._create_endpoint,
             "UpdateEndpoint": self._update_endpoint,
+            "UpdateEndpointWeightsAndCapacities": self._update_weights_and_capacities,
             "DescribeEndpoint": self._describe_endpoint,
             "DeleteEndpoint": self._delete_endpoint,
             "ListEndpoints": self._list_endpoints,
@@ -120,85 +76,110 @@ class ControlPlane:
         for task in (*self._tasks.values(), *self._drains):
             task.cancel()
         await asyncio.gather(*self._tasks.values(), *self._drains, return_exceptions=True)
-        await asyncio.gather(*(fleet.stop() for fleet in self.fleets.values()))
+        fleets = [fleet for traffic in self.traffic.values() for fleet in (traffic.blue, traffic.green) if fleet]
+        await asyncio.gather(*(fleet.stop() for fleet in fleets))
 
     async def fleet(self, name: str) -> Fleet | None:
-        """What serves an endpoint, once it is back after a restart; None where nothing does."""
+        """What serves one request, once the endpoint is back after a restart; None where nothing does."""
         while name in self._tasks and self.endpoints.get(name)["EndpointStatus"] == "SystemUpdating":
             await asyncio.sleep(0.05)
-        return self.fleets.get(name)
+        traffic = self.traffic.get(name)
+        return traffic.choose() if traffic else None
 
     # ---- models and endpoint configurations -----------------------------------------------------------------------------
 
     async def _create_model(self, given: Item) -> Item:
-        name = _required(given, "ModelName")
-        _required(given.get("PrimaryContainer") or {}, "ModelDataUrl")
+        name = required(given, "ModelName")
+        required(given.get("PrimaryContainer") or {}, "ModelDataUrl")
         return {"ModelArn": self.models.add(name, given)}
 
     async def _describe_model(self, given: Item) -> Item:
-        item = self.models.get(_required(given, "ModelName"))
-        return {**_without(item, "Tags"), "ModelArn": self.models.arn(item["ModelName"])}
+        item = self.models.get(required(given, "ModelName"))
+        return {**without(item, "Tags"), "ModelArn": self.models.arn(item["ModelName"])}
 
     async def _delete_model(self, given: Item) -> Item:
-        self.models.remove(_required(given, "ModelName"))
+        self.models.remove(required(given, "ModelName"))
         return {}
 
     async def _create_endpoint_config(self, given: Item) -> Item:
-        name = _required(given, "EndpointConfigName")
-        variants = [{"InitialVariantWeight": 1.0, **variant} for variant in _required(given, "ProductionVariants")]
+        name = required(given, "EndpointConfigName")
+        variants = [{"InitialVariantWeight": 1.0, **variant} for variant in required(given, "ProductionVariants")]
         for variant in variants:
-            self.models.get(_required(variant, "ModelName"))
+            self.models.get(required(variant, "ModelName"))
+        if len({required(variant, "VariantName") for variant in variants}) < len(variants):
+            raise ServiceError("Production variant names must be unique within an endpoint configuration")
+        if given.get("DataCaptureConfig") and any("ServerlessConfig" in variant for variant in variants):
+            raise ServiceError("DataCaptureConfig is not supported for serverless endpoints")
         return {"EndpointConfigArn": self.configs.add(name, {**given, "ProductionVariants": variants})}
 
     async def _describe_endpoint_config(self, given: Item) -> Item:
-        item = self.configs.get(_required(given, "EndpointConfigName"))
-        return {**_without(item, "Tags"), "EndpointConfigArn": self.configs.arn(item["EndpointConfigName"])}
+        item = self.configs.get(required(given, "EndpointConfigName"))
+        return {**without(item, "Tags"), "EndpointConfigArn": self.configs.arn(item["EndpointConfigName"])}
 
     async def _delete_endpoint_config(self, given: Item) -> Item:
-        self.configs.remove(_required(given, "EndpointConfigName"))
+        self.configs.remove(required(given, "EndpointConfigName"))
         return {}
 
     # ---- endpoints ------------------------------------------------------------------------------------------------------
 
     async def _create_endpoint(self, given: Item) -> Item:
-        name = _required(given, "EndpointName")
-        target = self._snapshot(_required(given, "EndpointConfigName"))
+        name, deployment = required(given, "EndpointName"), given.get("DeploymentConfig")
+        target = self._snapshot(required(given, "EndpointConfigName"))
+        self._cloudwatch.require(_policy(target, deployment).alarms)
         item = {"EndpointName": name, "EndpointStatus": "Creating", "FailureReason": None, "Current": None, "Target": target}
-        arn = self.endpoints.add(name, {**item, "Tags": given.get("Tags", []), "LastModifiedTime": time.time()})
+        item |= {"Tags": given.get("Tags", []), "LastModifiedTime": time.time(), "LastDeploymentConfig": deployment}
+        item["Phase"] = _phase("Creating")
+        arn = self.endpoints.add(name, item)
         self._start(name, self._roll_out(name))
         return {"EndpointArn": arn}
 
     async def _update_endpoint(self, given: Item) -> Item:
-        name = _required(given, "EndpointName")
-        self._require_settled(name)
-        if self.endpoints.get(name)["EndpointStatus"] == "Failed":
-            raise ServiceError(f'Cannot update failed endpoint "{self.endpoints.arn(name)}".')
-        target = self._snapshot(_required(given, "EndpointConfigName"))
-        self._set(name, EndpointStatus="Updating", Target=target, FailureReason=None)
+        name = required(given, "EndpointName")
+        item = self._settled(name)
+        target = self._snapshot(required(given, "EndpointConfigName"))
+        if given.get("RetainAllVariantProperties"):
+            excluded = {kept["VariantPropertyType"] for kept in given.get("ExcludeRetainedVariantProperties", [])}
+            target = _retaining(target, item["Current"], excluded)
+        deployment = given.get("DeploymentConfig") or (given.get("RetainDeploymentConfig") and item.get("LastDeploymentConfig"))
+        self._cloudwatch.require(_policy(target, deployment).alarms)
+        changes = {"Target": target, "FailureReason": None, "LastDeploymentConfig": deployment, "Phase": _phase("Creating")}
+        self._set(name, EndpointStatus="Updating", **changes)
         self._start(name, self._roll_out(name))
         return {"EndpointArn": self.endpoints.arn(name)}
 
+    async def _update_weights_and_capacities(self, given: Item) -> Item:
+        name = required(given, "EndpointName")
+        current = self._settled(name)["Current"]
+        wanted = {required(each, "VariantName"): each for each in required(given, "DesiredWeightsAndCapacities")}
+        if unknown := set(wanted) - {variant["VariantName"] for variant in current["Variants"]}:
+            raise ServiceError(f"Variant {', '.join(sorted(unknown))} of endpoint {name} not found.")
+        variants = [_reweighed(variant, wanted.get(variant["VariantName"], {})) for variant in current["Variants"]]
+        self._set(name, EndpointStatus="Updating", Current={**current, "Variants": variants})
+        self._start(name, self._reweigh(name))
+        return {"EndpointArn": self.endpoints.arn(name)}
+
     async def _describe_endpoint(self, given: Item) -> Item:
-        item = self.endpoints.get(_required(given, "EndpointName"))
+        item = self.endpoints.get(required(given, "EndpointName"))
         shown = item["Current"] or item["Target"] or item["Failed"]
+        optional = {name: item[name] for name in ("FailureReason", "LastDeploymentConfig") if item.get(name)}
         answer = {
-            **_without(item, "Tags", "Current", "Target", "Failed", "FailureReason"),
+            **without(item, "Tags", "Current", "Target", "Failed", "Phase", "FailureReason", "LastDeploymentConfig"),
+            **optional,
             "EndpointArn": self.endpoints.arn(item["EndpointName"]),
             "EndpointConfigName": shown["EndpointConfigName"],
         }
-        if item["FailureReason"]:
-            answer["FailureReason"] = item["FailureReason"]
         if item["Current"]:
             answer["ProductionVariants"] = [_variant_summary(variant) for variant in shown["Variants"]]
             answer |= _capture_summary(shown["DataCaptureConfig"])
+            answer |= {"AsyncInferenceConfig": shown["AsyncInferenceConfig"]} if shown.get("AsyncInferenceConfig") else {}
         if target := item["Target"]:
-            variants = [{"VariantName": variant["VariantName"]} for variant in target["Variants"]]
+            variants = [{**_variant_summary(variant), "VariantStatus": [item["Phase"]]} for variant in target["Variants"]]
             pending = {"EndpointConfigName": target["EndpointConfigName"], "ProductionVariants": variants}
-            answer["PendingDeploymentSummary"] = {**pending, "StartTime": item["LastModifiedTime"]}
+            answer["PendingDeploymentSummary"] = {**pending, "StartTime": target["StartTime"]}
         return answer
 
     async def _delete_endpoint(self, given: Item) -> Item:
-        name = _required(given, "EndpointName")
+        name = required(given, "EndpointName")
         self._require_settled(name)
         self._set(name, EndpointStatus="Deleting")
         self._start(name, self._take_down(name))
@@ -218,13 +199,13 @@ class ControlPlane:
         return {"Endpoints": page} | ({"NextToken": str(last)} if last < len(items) else {})
 
     async def _list_tags(self, given: Item) -> Item:
-        shelf, name = self._by_arn(_required(given, "ResourceArn"))
+        shelf, name = self._by_arn(required(given, "ResourceArn"))
         return {"Tags": shelf.get(name).get("Tags", [])}
 
     async def _add_tags(self, given: Item) -> Item:
-        shelf, name = self._by_arn(_required(given, "ResourceArn"))
+        shelf, name = self._by_arn(required(given, "ResourceArn"))
         item = shelf.get(name)
-        merged = {tag["Key"]: tag["Value"] for tag in (*item.get("Tags", []), *_required(given, "Tags"))}
+        merged = {tag["Key"]: tag["Value"] for tag in (*item.get("Tags", []), *required(given, "Tags"))}
         tags = [{"Key": key, "Value": value} for key, value in merged.items()]
         shelf.save(name, {**item, "Tags": tags})
         return {"Tags": tags}
@@ -232,30 +213,68 @@ class ControlPlane:
     # ---- rollouts -------------------------------------------------------------------------------------------------------
 
     async def _roll_out(self, name: str) -> None:
-        """Start the target's processes; shift the traffic when they are healthy, or go back when they are not."""
-        target = self.endpoints.get(name)["Target"]
+        """Start the target's processes and shift the traffic to them; go back where they or an alarm say so."""
+        item = self.endpoints.get(name)
+        target, policy = item["Target"], _policy(item["Target"], item.get("LastDeploymentConfig"))
         fleet = Fleet(target, self._processes)
         try:
-            await fleet.start()
-        except (NotHealthy, OSError) as error:
+            async with asyncio.timeout(policy.limit_seconds):
+                await fleet.start()
+                await self._shift(name, fleet, policy)
+        except TimeoutError:
+            limit = f"{policy.limit_seconds:g}"
+            await self._go_back(name, fleet, f"the deployment took longer than MaximumExecutionTimeoutInSeconds ({limit})")
+        except (NotHealthy, GoneWrong, OSError) as error:
             await self._go_back(name, fleet, str(error))
+        else:
+            replaced = self.traffic.get(name)
+            self._set(name, EndpointStatus="InService", Current=target, Target=None)
+            self.traffic[name] = Traffic(fleet)
+            log.info("endpoint %s: serves %s", name, target["EndpointConfigName"])
+            if replaced:
+                self._drain(replaced.blue)
+
+    async def _shift(self, name: str, fleet: Fleet, policy: Policy) -> None:
+        """Give the new fleet its growing share of the traffic, and watch the alarms."""
+        traffic = self.traffic.get(name)
+        if traffic is None:
             return
-        self._set(name, EndpointStatus="InService", Current=target, Target=None)
-        replaced, self.fleets[name] = self.fleets.get(name), fleet
-        log.info("endpoint %s: serves %s", name, target["EndpointConfigName"])
-        if replaced:
-            drain = asyncio.create_task(replaced.drain())
-            self._drains.add(drain)
-            drain.add_done_callback(self._drains.discard)
+        traffic.green = fleet
+        for share in policy.shares:
+            traffic.share = share
+            self._set(name, Phase=_phase("ActivatingTraffic", f"{100 * share:.0f} % of the traffic"))
+            await self._watch(policy.wait_seconds if share < 1 else 0, policy)
+        self._set(name, Phase=_phase("Baking", "all of the traffic"))
+        await self._watch(policy.bake_seconds, policy)
+
+    async def _watch(self, seconds: float, policy: Policy) -> None:
+        end = time.monotonic() + seconds
+        while True:
+            if reasons := self._cloudwatch.raised(policy.alarms):
+                raise GoneWrong(f"CloudWatch alarms of AutoRollbackConfiguration went into ALARM: {reasons}")
+            if (left := end - time.monotonic()) <= 0:
+                return
+            await asyncio.sleep(min(left, WATCH_SECONDS))
 
     async def _go_back(self, name: str, fleet: Fleet, reason: str) -> None:
         log.warning("endpoint %s: %s", name, reason)
         item = self.endpoints.get(name)
-        if item["Current"]:
+        if traffic := self.traffic.get(name):
+            traffic.green, traffic.share = None, 0.0
             self._set(name, EndpointStatus="RollingBack")
-        await fleet.stop()
+        await fleet.drain()
         status = "InService" if item["Current"] else "Failed"
         self._set(name, EndpointStatus=status, Target=None, Failed=item["Target"], FailureReason=reason[:1024])
+
+    async def _reweigh(self, name: str) -> None:
+        variants = self.endpoints.get(name)["Current"]["Variants"]
+        self.traffic[name].blue.weigh({variant["VariantName"]: variant["InitialVariantWeight"] for variant in variants})
+        self._set(name, EndpointStatus="InService")
+
+    def _drain(self, fleet: Fleet) -> None:
+        drain = asyncio.create_task(fleet.drain())
+        self._drains.add(drain)
+        drain.add_done_callback(self._drains.discard)
 
     async def _restore(self, name: str) -> None:
         item = self.endpoints.get(name)
@@ -267,14 +286,14 @@ class ControlPlane:
                 await fleet.stop()
                 self._set(name, EndpointStatus="Failed", FailureReason=str(error)[:1024])
                 return
-            self.fleets[name] = fleet
+            self.traffic[name] = Traffic(fleet)
             self._set(name, EndpointStatus="Updating" if item["Target"] else "InService")
         if item["Target"]:
             await self._roll_out(name)
 
     async def _take_down(self, name: str) -> None:
-        if fleet := self.fleets.pop(name, None):
-            await fleet.drain()
+        if traffic := self.traffic.pop(name, None):
+            await traffic.blue.drain()
         self.endpoints.remove(name)
 
     def _start(self, name: str, work: Any) -> None:
@@ -284,6 +303,13 @@ class ControlPlane:
 
     def _set(self, name: str, **changes: Any) -> None:
         self.endpoints.save(name, {**self.endpoints.get(name), **changes, "LastModifiedTime": time.time()})
+
+    def _settled(self, name: str) -> Item:
+        self._require_settled(name)
+        item = self.endpoints.get(name)
+        if item["EndpointStatus"] == "Failed":
+            raise ServiceError(f'Cannot update failed endpoint "{self.endpoints.arn(name)}".')
+        return item
 
     def _require_settled(self, name: str) -> None:
         if self.endpoints.get(name)["EndpointStatus"] in IN_PROGRESS:
@@ -296,7 +322,8 @@ class ControlPlane:
             container = self.models.get(variant["ModelName"])["PrimaryContainer"]
             served = {"ModelDataUrl": container["ModelDataUrl"], "Environment": container.get("Environment", {})}
             variants.append({**variant, **served, "Image": container.get("Image", "cv-factory")})
-        return {"EndpointConfigName": config_name, "Variants": variants, "DataCaptureConfig": config.get("DataCaptureConfig")}
+        kept = {field: config.get(field) for field in ("DataCaptureConfig", "AsyncInferenceConfig")}
+        return {"EndpointConfigName": config_name, "Variants": variants, "StartTime": time.time(), **kept}
 
     def _by_arn(self, arn: str) -> tuple[Shelf, str]:
         kind, _, name = arn.rpartition(":")[2].partition("/")
@@ -304,16 +331,6 @@ class ControlPlane:
         if kind not in shelves:
             raise ServiceError(f"Value {arn[:200]!r} at 'resourceArn' is not a model, endpoint-config or endpoint")
         return shelves[kind], name
-
-
-def _required(given: Item, field: str) -> Any:
-    if not given.get(field):
-        raise ServiceError(f"1 validation error detected: Value null at '{field}' failed: Member must not be null")
-    return given[field]
-
-
-def _without(item: Item, *fields: str) -> Item:
-    return {name: value for name, value in item.items() if name not in fields}
 
 
 def _wanted(item: Item, given: Item) -> bool:
@@ -325,16 +342,43 @@ def _wanted(item: Item, given: Item) -> bool:
     )
 
 
+def _policy(target: Item, deployment: Item | None) -> Policy:
+    return Policy.of(deployment, min(variant.get("InitialInstanceCount", 1) for variant in target["Variants"]))
+
+
+def _phase(status: str, message: str = "") -> Item:
+    return {"Status": status, "StatusMessage": message, "StartTime": time.time()}
+
+
+def _retaining(target: Item, current: Item, excluded: set[str]) -> Item:
+    """The target with the weights, instance counts and captures that are in force."""
+    fields = {"DesiredWeight": "InitialVariantWeight", "DesiredInstanceCount": "InitialInstanceCount"}
+    kept = [field for kind, field in fields.items() if kind not in excluded]
+    before = {variant["VariantName"]: variant for variant in current["Variants"]}
+    variants = [
+        variant | {field: old[field] for field in kept if field in (old := before.get(variant["VariantName"], {}))}
+        for variant in target["Variants"]
+    ]
+    capture = (target if "DataCaptureConfig" in excluded else current)["DataCaptureConfig"]
+    return {**target, "Variants": variants, "DataCaptureConfig": capture}
+
+
+def _reweighed(variant: Item, wanted: Item) -> Item:
+    fields = {"DesiredWeight": "InitialVariantWeight", "DesiredInstanceCount": "InitialInstanceCount"}
+    return {**variant, **{field: wanted[name] for name, field in fields.items() if name in wanted}}
+
+
 def _variant_summary(variant: Item) -> Item:
     weight, count = variant["InitialVariantWeight"], variant.get("InitialInstanceCount", 1)
-    return {
+    summary = {
         "VariantName": variant["VariantName"],
         "DeployedImages": [{"SpecifiedImage": variant["Image"], "ResolvedImage": variant["Image"]}],
         "CurrentWeight": weight,
         "DesiredWeight": weight,
-        "CurrentInstanceCount": count,
-        "DesiredInstanceCount": count,
     }
+    if serverless := variant.get("ServerlessConfig"):
+        return summary | {"CurrentServerlessConfig": serverless, "DesiredServerlessConfig": serverless}
+    return summary | {"CurrentInstanceCount": count, "DesiredInstanceCount": count}
 
 
 def _capture_summary(capture: Item | None) -> Item:

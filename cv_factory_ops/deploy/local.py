@@ -1,4 +1,4 @@
-"""A SageMaker-compatible endpoint on this machine: the control plane and the runtime on one port, for unmodified AWS clients.
+"""A SageMaker-compatible endpoint on this machine: control plane, runtime and alarms on one port, for unmodified AWS clients.
 
 ``cvf endpoint`` runs it; :func:`ensure_running` starts it where nothing answers yet. Its state directory holds the
 resources (JSON), the unpacked models with their logs, and captures on their way to their destination.
@@ -21,6 +21,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cv_factory_ops import captures
-from cv_factory_ops.deploy.control_plane import ACCOUNT, ControlPlane, ServiceError
+from cv_factory_ops.deploy.alarms import CloudWatch
+from cv_factory_ops.deploy.asynchronous import AsyncRequests
+from cv_factory_ops.deploy.control_plane import ControlPlane
+from cv_factory_ops.deploy.shelf import ACCOUNT, REGION, ServiceError
 from cv_factory_ops.deploy.spool import Spool
-from cv_factory_ops.deploy.variants import NotHealthy, Variant
+from cv_factory_ops.deploy.variants import Fleet, NotHealthy, TooSlow, Variant
 from cv_factory_ops.errors import CvFactoryError, Unavailable
 from cv_factory_ops.server import LARGEST_BODY, listen, read_body, run
 
@@ -111,19 +115,24 @@ def _start(url: str, host: str, port: int, state: Path) -> None:
 
 
 def create_app(state: Path) -> Starlette:
-    """The application over a state directory: ``POST /``, ``POST /endpoints/<name>/invocations`` and ``GET /ping``."""
+    """The application over a state directory: ``POST /``, ``POST /endpoints/<name>/[async-]invocations`` and ``GET /ping``."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.plane, app.state.spool = ControlPlane(state), Spool(state / "captures")
+        app.state.cloudwatch, app.state.spool = CloudWatch(state), Spool(state / "captures")
+        app.state.plane = ControlPlane(state, app.state.cloudwatch)
+        app.state.asynchronous = AsyncRequests(state / "async", partial(_answer_later, app))
         app.state.plane.restore()
+        app.state.asynchronous.resume()
         yield
+        await app.state.asynchronous.close()
         await app.state.plane.close()
         await asyncio.to_thread(app.state.spool.close)
 
     routes = [
         Route("/", _control, methods=["POST"]),
         Route("/endpoints/{name}/invocations", _invoke, methods=["POST"]),
+        Route("/endpoints/{name}/async-invocations", _invoke_async, methods=["POST"]),
         Route("/ping", _ping),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
@@ -135,11 +144,11 @@ async def _ping(request: Request) -> Response:
 
 
 async def _control(request: Request) -> Response:
-    """One operation of the control plane: JSON 1.1, named by the header ``X-Amz-Target``."""
-    plane: ControlPlane = request.app.state.plane
+    """One operation of the control plane or of CloudWatch: JSON, named by the header ``X-Amz-Target``."""
     service, _, name = request.headers.get("x-amz-target", "").partition(".")
+    services = {"SageMaker": request.app.state.plane, "GraniteServiceVersion20100801": request.app.state.cloudwatch}
     try:
-        if service != "SageMaker" or name not in plane.operations:
+        if service not in services or name not in services[service].operations:
             raise ServiceError(f"The requested operation {name[:80]!r} is not recognized", "UnknownOperationException")
         try:
             given = json.loads(await request.body() or b"{}")
@@ -147,7 +156,7 @@ async def _control(request: Request) -> Response:
             given = None
         if not isinstance(given, dict):
             raise ServiceError("The request is not a JSON object", "SerializationException")
-        answer, status = await plane.operations[name](given), 200
+        answer, status = await services[service].operations[name](given), 200
     except ServiceError as error:
         answer, status = {"__type": error.code, "message": str(error)}, error.status
     except CvFactoryError as error:  # the state directory cannot be written
@@ -157,51 +166,94 @@ async def _control(request: Request) -> Response:
 
 async def _invoke(request: Request) -> Response:
     """InvokeEndpoint: choose a variant, pass the request on, capture what succeeded."""
+    name = request.path_params["name"]
     try:
         body = await read_body(request)
         if body is None:
             raise ServiceError(f"The request body is larger than {LARGEST_BODY} bytes", "ValidationError", 413)
-        variant, capture = await _variant(request)
-        forwarded = {name: request.headers[name] for name in FORWARDED if name in request.headers}
-        answer = await _container_answer(variant, body, forwarded)
+        fleet = await _fleet(request.app, name)
+        if fleet.asynchronous:
+            raise ServiceError(f"Endpoint {name} is asynchronous; use InvokeEndpointAsync.", "ValidationError")
+        variant = _chosen(fleet, name, request.headers.get("x-amzn-sagemaker-target-variant"))
+        forwarded = {header: request.headers[header] for header in FORWARDED if header in request.headers}
+        answer = await _container_answer(request.app, name, variant, body, forwarded)
     except ServiceError as error:
-        headers = {**_request_id(), "x-amzn-ErrorType": error.code}
-        return JSONResponse({"Message": str(error), **error.details}, error.status, headers)
+        return _refusal(error)
+    capture = fleet.capture
     if capture and capture.get("EnableCapture", True) and secrets.randbelow(100) < capture["InitialSamplingPercentage"]:
         await asyncio.to_thread(_capture, request, capture, variant.name, body, answer)
     headers = {**_request_id(), "x-Amzn-Invoked-Production-Variant": variant.name}
     return Response(answer.content, 200, headers, answer.headers.get("content-type"))
 
 
-async def _variant(request: Request) -> tuple[Variant, Mapping[str, Any] | None]:
-    plane: ControlPlane = request.app.state.plane
+async def _invoke_async(request: Request) -> Response:
+    """InvokeEndpointAsync: keep the request; its answer will lie where this one says."""
     name = request.path_params["name"]
-    fleet = await plane.fleet(name)
+    try:
+        fleet = await _fleet(request.app, name)
+        if not fleet.asynchronous:
+            raise ServiceError(f"Endpoint {name} is not asynchronous; use InvokeEndpoint.", "ValidationError")
+        kept = await asyncio.to_thread(request.app.state.asynchronous.keep, name, fleet.asynchronous, dict(request.headers))
+    except ServiceError as error:
+        return _refusal(error)
+    except CvFactoryError as error:  # the state directory cannot be written
+        return _refusal(ServiceError(str(error), "InternalFailure", 500))
+    request.app.state.asynchronous.start(kept)
+    headers = _request_id() | {"x-amzn-sagemaker-outputlocation": kept["OutputLocation"]}
+    headers |= {"x-amzn-sagemaker-failurelocation": kept["FailureLocation"]} if "FailureLocation" in kept else {}
+    return JSONResponse({"InferenceId": kept["InferenceId"]}, 202, headers)
+
+
+async def _answer_later(app: Starlette, name: str, body: bytes, headers: dict[str, str], seconds: float) -> bytes:
+    """The answer to a request of :class:`AsyncRequests`."""
+    variant = _chosen(await _fleet(app, name), name, None)
+    return (await _container_answer(app, name, variant, body, headers, seconds)).content
+
+
+async def _fleet(app: Starlette, name: str) -> Fleet:
+    fleet: Fleet | None = await app.state.plane.fleet(name)
     if fleet is None:
         raise ServiceError(f"Endpoint {name} of account {ACCOUNT} not found.", "ValidationError")
-    wanted = request.headers.get("x-amzn-sagemaker-target-variant")
+    return fleet
+
+
+def _chosen(fleet: Fleet, name: str, wanted: str | None) -> Variant:
     if (variant := fleet.choose(wanted)) is None:
         raise ServiceError(f"Variant {wanted} of endpoint {name} not found.", "ValidationError")
-    return variant, fleet.capture
+    return variant
 
 
-async def _container_answer(variant: Variant, body: bytes, headers: dict[str, str]) -> httpx.Response:
+async def _container_answer(
+    app: Starlette, name: str, variant: Variant, body: bytes, headers: dict[str, str], seconds: float | None = None
+) -> httpx.Response:
+    """What the container says, counted by CloudWatch whatever it is."""
+    started, status = time.monotonic(), None
     try:
-        answer = await variant.invoke(body, headers)
-    except httpx.TimeoutException:
-        raise _model_error(variant, 0, "Your invocation timed out while waiting for a response from the container") from None
+        answer = await variant.invoke(body, headers, seconds)
+        status = answer.status_code
+    except TooSlow:
+        what = f"Your invocation timed out while waiting for a response from container {variant.name}"
+        raise _model_error(name, variant, 0, what) from None
     except (NotHealthy, httpx.TransportError):  # AWS clients try again by themselves
         raise ServiceError(f"Variant {variant.name} is not ready", "ServiceUnavailable", 503) from None
+    finally:
+        app.state.cloudwatch.record(name, variant.name, status, time.monotonic() - started)
     if not answer.is_success:
-        raise _model_error(variant, answer.status_code, answer.text)
+        raise _model_error(name, variant, answer.status_code, answer.text)
     return answer
 
 
-def _model_error(variant: Variant, status: int, text: str) -> ServiceError:
+def _model_error(name: str, variant: Variant, status: int, text: str) -> ServiceError:
     side = "client" if 400 <= status < 500 else "server"
     message = f'Received {side} error ({status}) from {variant.name} with message "{text}".'
-    details = {"OriginalStatusCode": status, "OriginalMessage": text}
+    logs = f"arn:aws:logs:{REGION}:{ACCOUNT}:log-group:/aws/sagemaker/Endpoints/{name}"
+    details = {"OriginalStatusCode": status, "OriginalMessage": text, "LogStreamArn": logs}
     return ServiceError(message, "ModelError", 424, details)
+
+
+def _refusal(error: ServiceError) -> Response:
+    headers = {**_request_id(), "x-amzn-ErrorType": error.code}
+    return JSONResponse({"Message": str(error), **error.details}, error.status, headers)
 
 
 def _capture(request: Request, config: Mapping[str, Any], variant: str, body: bytes, answer: httpx.Response) -> None:

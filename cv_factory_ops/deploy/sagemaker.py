@@ -4,8 +4,11 @@ The same calls go to both; only the address, the role, the image and the credent
 both named ``<endpoint>-<bundle digest, 12 digits>-<settings digest, 8 digits>`` (63 characters at most, SageMaker's limit):
 a retry after a crash between any two calls finds what is there and goes on, and changed settings make new ones.
 
+An update is told to be taken back on CloudWatch alarms, and leaves the names of the new and of the old endpoint config as the
+endpoint's tags first: so a retry knows, too, what served before.
+
 Plain boto3: the typed ``Endpoint`` of sagemaker 3 cannot read what the service answers for an endpoint that captures without
-a KMS key (aws/sagemaker-python-sdk issue 5738), and takes two seconds to import.
+a KMS key (aws/sagemaker-python-sdk issue 5738), and its import takes five to eight times as long as boto3's.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cv_factory_ops import captures, storage
+from cv_factory_ops import storage
 from cv_factory_ops.bundle import Bundle, pack
-from cv_factory_ops.config import Deploy, LocalDeploy, ProjectConfig, home
+from cv_factory_ops.config import LocalDeploy, ProjectConfig, SageMakerDeploy, ServerlessInference, home
+from cv_factory_ops.deploy import shapes
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable
+from cv_factory_ops.promotion import require_may_roll_out
 from cv_factory_ops.records import DeployRecord, RegisterRecord
 from cv_factory_ops.stage import Stage
 
@@ -31,7 +36,8 @@ log = logging.getLogger("cvf")
 
 IN_PROGRESS = {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}
 LOCAL_REGION = "us-east-1"
-VARIANT = "AllTraffic"
+SERVES, BEFORE, SCALES = "endpoint-config", "previous-config", "autoscaling"
+"""Tags of an endpoint: what it was last told to serve, what served before that, and whether its instances are scaled."""
 Tags = list[dict[str, str]]
 
 
@@ -39,18 +45,24 @@ def run(stage: Stage) -> DeployRecord:
     """Roll the registered bundle out to the project's endpoint, and wait until it serves.
 
     Raises:
-        DataError: the bundle is not the registered one, or its container failed; the endpoint went back.
+        DataError: the bundle is not the registered one, its container failed, or an alarm went off; the endpoint went back.
         Unavailable: the service throttles, or the rollout takes longer than ``deploy.timeout``.
     """
+    require_may_roll_out(stage)
     registered = stage.read(RegisterRecord)
     config, digest = stage.config, registered.bundle_digest
     with explained(config):
-        client = session(config).client("sagemaker")
-        name = f"{config.endpoint_name}-{digest[:12]}-{_settings_digest(config)}"
-        tags = _tags({"project": config.project, "run": stage.run, "bundle-digest": digest})
+        aws = session(config)
+        client = aws.client("sagemaker")
+        name = f"{config.endpoint_name}-{digest[:12]}-{shapes.settings_digest(config)}"
+        more = config.deploy.tags if isinstance(config.deploy, SageMakerDeploy) else {}
+        tags = {**more, "project": config.project, "run": stage.run, "bundle-digest": digest}
         _create_model(client, config, name, _model_data(stage, registered), tags)
         _create_endpoint_config(client, config, name, tags)
-        previous = _roll_out(client, config, name, tags)
+        _put_alarms(aws, config)
+        previous = _roll_out(aws, config, name, tags)
+        _scale(aws, config)
+        _forget_alarms(aws, config)
     return DeployRecord(
         summary=f"endpoint {config.endpoint_name} serves model version {registered.model_version} (bundle {digest[:12]})",
         endpoint_name=config.endpoint_name,
@@ -74,6 +86,7 @@ def session(config: ProjectConfig) -> Any:
         aws = boto3.Session()
         if aws.region_name is None:
             raise ConfigError("deploy: no AWS region; set AWS_DEFAULT_REGION or a profile")
+        aws.client = functools.cache(aws.client)  # each takes a tenth of a second
         return aws
     from cv_factory_ops.deploy.local import ensure_running
 
@@ -81,7 +94,7 @@ def session(config: ProjectConfig) -> Any:
     ensure_running(url, home() / "var" / "endpoint")
     aws = boto3.Session(aws_access_key_id="local", aws_secret_access_key="local", region_name=LOCAL_REGION)  # noqa: S106
     # Every client of this session, those that sagemaker.core creates included, goes to the local endpoint.
-    aws.client = functools.partial(aws.client, endpoint_url=url)
+    aws.client = functools.cache(functools.partial(aws.client, endpoint_url=url))
     return aws
 
 
@@ -120,61 +133,119 @@ def _model_data(stage: Stage, registered: RegisterRecord) -> str:
     return uri
 
 
-def _settings_digest(config: ProjectConfig) -> str:
-    """What the model and the endpoint config hold besides the bundle: image, role, instances, storage, captures."""
-    settings = config.deploy.model_dump_json(exclude={"url", "timeout"})
-    return storage.text_digest(f"{settings} {captures.folder(config)}")[:8]
+def go_back(config: ProjectConfig, config_name: str) -> None:
+    """Serve an earlier endpoint config again, at once, and wait until it does.
+
+    Raises:
+        DataError: it cannot be served any more.
+        Unavailable: that takes longer than ``deploy.timeout``.
+    """
+    client, name = session(config).client("sagemaker"), config.endpoint_name
+    log.warning("deploy: endpoint %s goes back to %s", name, config_name)
+    client.update_endpoint(EndpointName=name, EndpointConfigName=config_name, **_retained(config))
+    endpoint = _settled(client, name, time.monotonic() + config.deploy.timeout)
+    _require_rolled_out(endpoint, name, config_name, "")
 
 
-def _create_model(client: Any, config: ProjectConfig, name: str, model_data: str, tags: Tags) -> None:
-    if _found(client.describe_model, ModelName=name):
-        return
-    image, role = _image_and_role(config.deploy)
-    container = {"Image": image, "ModelDataUrl": model_data, "Environment": {"OMP_NUM_THREADS": "1"}}
-    client.create_model(ModelName=name, PrimaryContainer=container, ExecutionRoleArn=role, Tags=tags)
-    log.info("deploy: created model %s", name)
+def _create_model(client: Any, config: ProjectConfig, name: str, model_data: str, tags: dict[str, str]) -> None:
+    if not _found(client.describe_model, ModelName=name):
+        client.create_model(**shapes.model(config, name, model_data), Tags=_tags(tags))
+        log.info("deploy: created model %s", name)
 
 
-def _create_endpoint_config(client: Any, config: ProjectConfig, name: str, tags: Tags) -> None:
-    """The endpoint config of the model of the same name."""
-    if _found(client.describe_endpoint_config, EndpointConfigName=name):
-        return
-    instance_type, count = _instances(config.deploy)
-    variant = {
-        "VariantName": VARIANT,
-        "ModelName": name,
-        "InstanceType": instance_type,
-        "InitialInstanceCount": count,
-        "InitialVariantWeight": 1.0,
-    }
-    capture = {
-        "EnableCapture": True,
-        "InitialSamplingPercentage": 100,
-        "DestinationS3Uri": captures.folder(config),
-        "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
-        "CaptureContentTypeHeader": {"JsonContentTypes": ["application/json"]},
-    }
-    client.create_endpoint_config(EndpointConfigName=name, ProductionVariants=[variant], DataCaptureConfig=capture, Tags=tags)
-    log.info("deploy: created endpoint config %s", name)
+def _create_endpoint_config(client: Any, config: ProjectConfig, name: str, tags: dict[str, str]) -> None:
+    if not _found(client.describe_endpoint_config, EndpointConfigName=name):
+        client.create_endpoint_config(**shapes.endpoint_config(config, name), Tags=_tags(tags))
+        log.info("deploy: created endpoint config %s", name)
 
 
-def _roll_out(client: Any, config: ProjectConfig, config_name: str, tags: Tags) -> str | None:
+def _put_alarms(aws: Any, config: ProjectConfig) -> None:
+    for alarm in config.deploy.rollout.alarms:
+        aws.client("cloudwatch").put_metric_alarm(**shapes.metric_alarm(config, alarm))
+
+
+def _forget_alarms(aws: Any, config: ProjectConfig) -> None:
+    """Remove the endpoint's alarms of earlier settings, which nothing refers to any more."""
+    if wanted := {shapes.alarm_name(config, alarm) for alarm in config.deploy.rollout.alarms}:
+        cloudwatch = aws.client("cloudwatch")
+        pages = cloudwatch.get_paginator("describe_alarms").paginate(AlarmNamePrefix=shapes.alarm_prefix(config))
+        if stale := [
+            alarm["AlarmName"] for page in pages for alarm in page["MetricAlarms"] if alarm["AlarmName"] not in wanted
+        ]:
+            cloudwatch.delete_alarms(AlarmNames=stale)
+
+
+def _roll_out(aws: Any, config: ProjectConfig, config_name: str, tags: dict[str, str]) -> str | None:
     """Create or update the endpoint, or join a rollout in progress; returns the endpoint config that served before."""
-    name, deadline = config.endpoint_name, time.monotonic() + config.deploy.timeout
+    client, name, deadline = aws.client("sagemaker"), config.endpoint_name, time.monotonic() + config.deploy.timeout
     endpoint = _settled(client, name, deadline)
     if endpoint and endpoint["EndpointStatus"] == "Failed":  # what never served can only be deleted
         log.info("deploy: endpoint %s failed before (%s); creating it anew", name, endpoint.get("FailureReason"))
         client.delete_endpoint(EndpointName=name)
         endpoint = _settled(client, name, deadline)
-    previous: str | None = endpoint["EndpointConfigName"] if endpoint else None
     if endpoint is None:
         log.info("deploy: creating endpoint %s with %s", name, config_name)
-        client.create_endpoint(EndpointName=name, EndpointConfigName=config_name, Tags=tags)
-    elif previous != config_name:
-        log.info("deploy: updating endpoint %s from %s to %s", name, previous, config_name)
-        client.update_endpoint(EndpointName=name, EndpointConfigName=config_name)
-    _require_rolled_out(_settled(client, name, deadline), name, config_name)
-    return previous if previous != config_name else None
+        created = _tags({**tags, SERVES: config_name, BEFORE: ""})
+        client.create_endpoint(EndpointName=name, EndpointConfigName=config_name, Tags=created)
+        previous = None
+    elif (serves := endpoint["EndpointConfigName"]) != config_name:
+        log.info("deploy: updating endpoint %s from %s to %s", name, serves, config_name)
+        client.add_tags(ResourceArn=endpoint["EndpointArn"], Tags=_tags({**tags, SERVES: config_name, BEFORE: serves}))
+        client.update_endpoint(EndpointName=name, EndpointConfigName=config_name, **_how(config))
+        previous = serves
+    else:
+        told = _tags_of(client, endpoint)
+        previous = told.get(BEFORE) or None if told.get(SERVES) == config_name else None
+    endpoint = _settled(client, name, deadline)
+    _require_rolled_out(endpoint, name, config_name, _raised_alarms(aws, config, endpoint, config_name))
+    return previous
+
+
+def _how(config: ProjectConfig) -> dict[str, Any]:
+    """What an UpdateEndpoint is told besides the names; serverless endpoints have no instances to shift traffic between."""
+    if isinstance(shapes.inference(config), ServerlessInference):
+        return {}
+    return {"DeploymentConfig": shapes.deployment(config), **_retained(config)}
+
+
+def _retained(config: ProjectConfig) -> dict[str, Any]:
+    """Where instances are scaled, their number is that of now, not that of the endpoint config."""
+    chosen = shapes.inference(config)
+    if isinstance(chosen, ServerlessInference) or not chosen.autoscaling:
+        return {}
+    excluded = [{"VariantPropertyType": kind} for kind in ("DesiredWeight", "DataCaptureConfig")]
+    return {"RetainAllVariantProperties": True, "ExcludeRetainedVariantProperties": excluded}
+
+
+def _scale(aws: Any, config: ProjectConfig) -> None:
+    """Have the endpoint's instances scaled or, where they were and should not be any more, not.
+
+    Application Auto Scaling knows endpoints that are there; both calls say what should be, so repeating them is harmless.
+    """
+    chosen, client = shapes.inference(config), aws.client("sagemaker")
+    scaling = None if isinstance(chosen, ServerlessInference) else chosen.autoscaling
+    endpoint = describe(client, config.endpoint_name)
+    told = _tags_of(client, endpoint) if endpoint else {}
+    if endpoint is None or (scaling is None and not told.get(SCALES)):
+        return
+    scaler, target = aws.client("application-autoscaling"), shapes.scalable_target(config)
+    if scaling:
+        client.add_tags(ResourceArn=endpoint["EndpointArn"], Tags=_tags({SCALES: "yes"}))
+        scaler.register_scalable_target(**target, MinCapacity=scaling.least, MaxCapacity=scaling.most)
+        scaler.put_scaling_policy(**shapes.scaling_policy(config, scaling))
+        return
+    if scaler.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=[target["ResourceId"]])["ScalableTargets"]:
+        scaler.deregister_scalable_target(**target)
+    client.add_tags(ResourceArn=endpoint["EndpointArn"], Tags=_tags({SCALES: ""}))
+
+
+def _raised_alarms(aws: Any, config: ProjectConfig, endpoint: dict[str, Any] | None, config_name: str) -> str:
+    """The alarms that may have taken a rollout back, where one was and AWS itself does not say why."""
+    names = [shapes.alarm_name(config, alarm) for alarm in config.deploy.rollout.alarms]
+    if not names or endpoint is None or endpoint["EndpointConfigName"] == config_name or endpoint.get("FailureReason"):
+        return ""
+    found = aws.client("cloudwatch").describe_alarms(AlarmNames=names, StateValue="ALARM")["MetricAlarms"]
+    return "; ".join(f"alarm {alarm['AlarmName']}: {alarm['StateReason']}" for alarm in found)
 
 
 def _settled(client: Any, name: str, deadline: float) -> dict[str, Any] | None:
@@ -191,32 +262,25 @@ def _settled(client: Any, name: str, deadline: float) -> dict[str, Any] | None:
     return endpoint
 
 
-def _require_rolled_out(endpoint: dict[str, Any] | None, name: str, config_name: str) -> None:
+def _require_rolled_out(endpoint: dict[str, Any] | None, name: str, config_name: str, alarms: str) -> None:
     if endpoint is None:
         raise Unavailable(f"endpoint {name}: was deleted during its rollout")
     status, serves = endpoint["EndpointStatus"], endpoint["EndpointConfigName"]
     if status == "InService" and serves == config_name:
         return
-    reason = " ".join(endpoint.get("FailureReason", "no reason given").split())
+    reason = " ".join((endpoint.get("FailureReason") or alarms or "no reason given").split())
     outcome = f"rolled back to {serves}" if status == "InService" else f"is {status}"
     problem: type[CvFactoryError] = Unavailable if "capacity" in reason.lower() else DataError
     raise problem(f"endpoint {name}: the rollout of {config_name} failed, it {outcome}: {reason}")
 
 
-def _image_and_role(deploy: Deploy) -> tuple[str, str]:
-    if isinstance(deploy, LocalDeploy):
-        return "cv-factory", "arn:aws:iam::000000000000:role/local"
-    return deploy.image, deploy.role_arn
-
-
-def _instances(deploy: Deploy) -> tuple[str, int]:
-    if isinstance(deploy, LocalDeploy):
-        return "ml.m5.large", 1  # a name that the API asks for; it is this machine
-    return deploy.instance_type, deploy.instance_count
-
-
 def _tags(tags: dict[str, str]) -> Tags:
     return [{"Key": key, "Value": value} for key, value in tags.items()]
+
+
+def _tags_of(client: Any, endpoint: dict[str, Any]) -> dict[str, str]:
+    pages = client.get_paginator("list_tags").paginate(ResourceArn=endpoint["EndpointArn"])
+    return {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
 
 
 def _found(describe: Callable[..., dict[str, Any]], **names: str) -> dict[str, Any] | None:

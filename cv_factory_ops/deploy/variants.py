@@ -26,6 +26,8 @@ STARTUP_SECONDS = 120
 """How long a container may take to answer /ping where its variant does not say."""
 INVOCATION_SECONDS = 60
 """SageMaker's limit for an answer."""
+LONGEST_INVOCATION_SECONDS = 3600
+"""Its limit for an answer that nobody waits for, of an asynchronous endpoint."""
 STOP_SECONDS = 15
 
 
@@ -33,11 +35,16 @@ class NotHealthy(Exception):
     """A serving process did not come up; the message is the FailureReason."""
 
 
+class TooSlow(Exception):
+    """A container took longer than it may for an answer."""
+
+
 class Fleet:
     """The processes of one deployment: a snapshot of an endpoint configuration and its models."""
 
     def __init__(self, deployment: Mapping[str, Any], folder: Path) -> None:
         self.capture: Mapping[str, Any] | None = deployment["DataCaptureConfig"]
+        self.asynchronous: Mapping[str, Any] | None = deployment.get("AsyncInferenceConfig")
         self.variants = {spec["VariantName"]: Variant(spec, folder) for spec in deployment["Variants"]}
 
     async def start(self) -> None:
@@ -60,6 +67,11 @@ class Fleet:
             return self.variants.get(name)
         variants = list(self.variants.values())
         return random.SystemRandom().choices(variants, [variant.weight or 1e-9 for variant in variants])[0]
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Share the traffic otherwise, from the next request on."""
+        for name, weight in weights.items():
+            self.variants[name].weight = weight
 
     async def drain(self) -> None:
         """Stop once the requests in hand are answered; no new ones may come."""
@@ -86,7 +98,7 @@ class Variant:
         self._url = ""
         limits = httpx.Limits(max_connections=None, keepalive_expiry=30)
         # No proxies and no certificates to load: it only ever talks to this machine, without TLS.
-        self._client = httpx.AsyncClient(timeout=INVOCATION_SECONDS, limits=limits, trust_env=False, verify=False)  # noqa: S501
+        self._client = httpx.AsyncClient(timeout=LONGEST_INVOCATION_SECONDS, limits=limits, trust_env=False, verify=False)  # noqa: S501
 
     async def start(self) -> None:
         """Fetch the model, start its process, wait for /ping, and keep it running from then on.
@@ -101,19 +113,24 @@ class Variant:
         await self._launch()
         self._keeper = asyncio.create_task(self._keep_running())
 
-    async def invoke(self, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
-        """The container's answer.
+    async def invoke(self, body: bytes, headers: Mapping[str, str], seconds: float | None = None) -> httpx.Response:
+        """The container's answer, within so many seconds or the service's own limit.
 
         Raises:
             NotHealthy: the process is not there, and did not come back in time.
-            httpx.TransportError: it went away, or took too long.
+            TooSlow: it took too long.
+            httpx.TransportError: it went away.
         """
+        limit = INVOCATION_SECONDS if seconds is None else seconds
         self._in_hand += 1
         self._idle.clear()
         try:
-            await asyncio.wait_for(self._healthy.wait(), INVOCATION_SECONDS)
-            return await self._client.post(f"{self._url}/invocations", content=body, headers=dict(headers))
+            async with asyncio.timeout(limit):
+                await self._healthy.wait()
+                return await self._client.post(f"{self._url}/invocations", content=body, headers=dict(headers))
         except TimeoutError:
+            if self._healthy.is_set():
+                raise TooSlow from None
             raise NotHealthy(f"variant {self.name} is not healthy") from None
         finally:
             self._in_hand -= 1

@@ -1,40 +1,55 @@
 """Stage ``verify``: a deployment is done when the live endpoint itself says so.
 
-A service can answer "updated" and go on serving the old model; what counts is the configuration that the endpoint names and
-the bundle digest in its answer to a real request.
+A service can answer "updated" and go on serving the old model; what counts is the configuration that the endpoint names, the
+bundle digest in its answer to a real request, and that it answers golden studies as the evaluation did. An endpoint that serves
+what was asked, but not rightly, is put back to what it served before: alias and endpoint stay together.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from typing import Any, NamedTuple
 
-from cv_factory_ops import captures
-from cv_factory_ops.config import ProjectConfig
-from cv_factory_ops.deploy.sagemaker import describe, explained, session
-from cv_factory_ops.errors import DataError, Unavailable
+from cv_factory_ops import captures, storage
+from cv_factory_ops.config import AsynchronousInference, ProjectConfig
+from cv_factory_ops.deploy import golden, shapes
+from cv_factory_ops.deploy.sagemaker import describe, explained, go_back, session
+from cv_factory_ops.errors import CvFactoryError, DataError, Unavailable
 from cv_factory_ops.records import DeployRecord, VerifyRecord
 from cv_factory_ops.stage import Stage
+
+ASYNC_SECONDS = 300
+"""For which an answer of an asynchronous endpoint is waited for; its instances may have to start first."""
 
 
 def run(stage: Stage) -> VerifyRecord:
     """Compare the live endpoint with what was asked.
 
     Raises:
-        DataError: it serves another configuration or another bundle.
-        Unavailable: it is not in service.
+        DataError: it serves another configuration, or another bundle, or answers golden studies otherwise than the evaluation.
+        Unavailable: it is not in service, or does not answer for now.
     """
     asked = stage.read(DeployRecord)
     found = live(stage.config)
-    _require(asked, "endpoint config", found.endpoint_config_name, asked.endpoint_config_name)
-    _require(asked, "bundle", found.bundle_digest, asked.bundle_digest)
+    if found.endpoint_config_name != asked.endpoint_config_name:
+        error = _silent(asked, "endpoint config", found.endpoint_config_name, asked.endpoint_config_name)
+        raise DataError(f"{error}: {found.failure_reason}") if found.failure_reason else error
+    try:
+        if found.bundle_digest != asked.bundle_digest:
+            raise _silent(asked, "bundle", found.bundle_digest, asked.bundle_digest)
+        differences = _golden_differences(stage, asked.bundle_digest)
+    except DataError as error:
+        raise DataError(f"{error}; {_put_back(stage.config, asked)}") from None
     return VerifyRecord(
-        summary=f"endpoint {found.endpoint_name} answers with bundle {found.bundle_digest[:12]}",
+        summary=f"endpoint {found.endpoint_name} answers with bundle {found.bundle_digest[:12]}{_told(differences)}",
         endpoint_name=found.endpoint_name,
         endpoint_config_name=found.endpoint_config_name,
         status=found.status,
         bundle_digest=found.bundle_digest,
+        golden_studies=len(differences),
+        largest_difference=max(differences, default=None),
     )
 
 
@@ -45,6 +60,8 @@ class Live(NamedTuple):
     status: str
     endpoint_config_name: str
     bundle_digest: str
+    failure_reason: str
+    """Of its last rollout; empty where that did not fail, or the service does not say."""
 
 
 def live(config: ProjectConfig) -> Live:
@@ -61,25 +78,77 @@ def live(config: ProjectConfig) -> Live:
         status = endpoint["EndpointStatus"] if endpoint else "missing"
         if endpoint is None or status != "InService":
             raise Unavailable(f"endpoint {name}: is {status}, not InService")
-        digest = _answered_digest(aws.client("sagemaker-runtime"), name)
-    return Live(name, status, endpoint["EndpointConfigName"], digest)
+        digest = _answered_digest(aws, config)
+    reason = " ".join(endpoint.get("FailureReason", "").split())
+    return Live(name, status, endpoint["EndpointConfigName"], digest, reason)
 
 
-def _answered_digest(runtime: Any, endpoint_name: str) -> str:
-    """The bundle digest in the answer to one synthetic image, which drift checks leave out by its inference id."""
+def _answered_digest(aws: Any, config: ProjectConfig) -> str:
+    """The bundle digest in the answer to one synthetic image."""
     ramp = [0.45 + column / 160 for column in range(16)]  # inside of any range that a bundle may declare
-    response = runtime.invoke_endpoint(
-        EndpointName=endpoint_name,
-        ContentType="application/json",
-        InferenceId=f"{captures.PROBE}{uuid.uuid4()}",
-        Body=json.dumps({"instances": [[ramp] * 16], "spacing": [1, 1]}).encode(),
-    )
+    body = json.dumps({"instances": [[ramp] * 16], "spacing": [1, 1]}).encode()
     try:
-        return str(json.loads(response["Body"].read())["bundle_digest"])
+        return str(json.loads(_answer(aws, config, body, "application/json"))["bundle_digest"])
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"endpoint {endpoint_name}: its answer names no bundle digest; it is not a server of ours") from None
+        name = config.endpoint_name
+        raise DataError(f"endpoint {name}: its answer names no bundle digest; it is not a server of ours") from None
 
 
-def _require(deployed: DeployRecord, what: str, found: str, asked: str) -> None:
-    if found != asked:
-        raise DataError(f"silent rollback: endpoint {deployed.endpoint_name} serves {what} {found}, not {asked} as deployed")
+def _golden_differences(stage: Stage, bundle_digest: str) -> list[float]:
+    """Of each golden study, the largest difference of a probability."""
+    config, tolerance = stage.config, stage.config.deploy.golden.tolerance
+    found = golden.studies(stage, bundle_digest)
+    with explained(config):
+        aws = session(config)
+        return [
+            golden.require_answer(study, number, _answer(aws, config, study.body, study.content_type), config.labels, tolerance)
+            for number, study in enumerate(found, start=1)
+        ]
+
+
+def _answer(aws: Any, config: ProjectConfig, body: bytes, content_type: str) -> bytes:
+    """The endpoint's answer to a request that drift checks leave out by its inference id."""
+    runtime, request_id = aws.client("sagemaker-runtime"), f"{captures.PROBE}{uuid.uuid4()}"
+    request = {"EndpointName": config.endpoint_name, "ContentType": content_type, "InferenceId": request_id}
+    if not isinstance(shapes.inference(config), AsynchronousInference):
+        answer: bytes = runtime.invoke_endpoint(**request, Body=body)["Body"].read()
+        return answer
+    location = f"{config.root}/async/in/{request_id}"
+    storage.write_bytes(location, body)
+    try:
+        return _awaited(config, runtime.invoke_endpoint_async(**request, InputLocation=location))
+    finally:
+        storage.delete_tree(location)
+
+
+def _awaited(config: ProjectConfig, asked: dict[str, Any]) -> bytes:
+    deadline = time.monotonic() + ASYNC_SECONDS
+    while time.monotonic() < deadline:
+        if storage.exists(asked["OutputLocation"]):
+            return storage.read_bytes(asked["OutputLocation"])
+        if (failure := asked.get("FailureLocation")) and storage.exists(failure):
+            raise DataError(f"endpoint {config.endpoint_name}: the model refused a request; its reason lies at {failure}")
+        time.sleep(0.5)
+    raise Unavailable(f"endpoint {config.endpoint_name}: gave no answer within {ASYNC_SECONDS} s")
+
+
+def _put_back(config: ProjectConfig, asked: DeployRecord) -> str:
+    """Serve again what was served before the rollout; says what came of it."""
+    if asked.previous_config_name is None:
+        return f"endpoint {asked.endpoint_name} served nothing before, so it was left as it is"
+    try:
+        with explained(config):
+            go_back(config, asked.previous_config_name)
+    except CvFactoryError as error:
+        return f"it could not be put back to {asked.previous_config_name}: {error}"
+    return f"the endpoint was put back to {asked.previous_config_name}"
+
+
+def _told(differences: list[float]) -> str:
+    if not differences:
+        return ""
+    return f", and {len(differences)} golden studies as the evaluation did (largest difference {max(differences):.1g})"
+
+
+def _silent(deployed: DeployRecord, what: str, found: str, asked: str) -> DataError:
+    return DataError(f"silent rollback: endpoint {deployed.endpoint_name} serves {what} {found}, not {asked} as deployed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,30 @@ CELLS = 2_000_000
 """Weights that are held at a time: bounds memory to some 100 MiB."""
 
 Interval = tuple[float, float]
+
+
+class Measured(Protocol):
+    """A model's answers to a set of images, measured: of labels :class:`Judged`, of masks
+    :class:`cv_factory_ops.evaluation.segmentation.JudgedMasks`."""
+
+    @property
+    def patients(self) -> NDArray[np.int64]:
+        """(N,) number of the patient that an image is of."""
+
+    @property
+    def manifest(self) -> BundleManifest: ...
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those that are defined."""
+
+    def __len__(self) -> int: ...
+
+    def only(self, rows: Mask) -> Self:
+        """Some of them."""
+
+    def intervals(self, config: EvaluationConfig) -> dict[str, Interval]:
+        """Of each metric that is defined."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ import pandas as pd
 
 from cv_factory_ops.bundle import Bundle, BundleManifest
 from cv_factory_ops.evaluation.pictures import in_order
+from cv_factory_ops.evaluation.subgroups import is_worse
+from cv_factory_ops.evaluation.tasks import open_task
 from cv_factory_ops.metrics import BINS
 from cv_factory_ops.preprocessing.shards import read_index, read_rows
 from cv_factory_ops.records import EvaluateRecord, Frozen, IngestRecord, PreprocessRecord, Subgroup, TrainRecord
@@ -42,8 +44,9 @@ TITLES = {
     "brier": "Brier score",
     "abstained": "share abstained",
     "accuracy_answered": "accuracy of the answered",
+    "dice": "Dice",
+    "hd95": "Hausdorff 95 (mm)",
 }
-OF_SUBGROUPS = ("auc", "sensitivity", "specificity")
 LIBRARIES = ("torch", "monai", "numpy", "scikit-learn", "mlflow")
 MOST_VALUES = 12
 """Values of a metadata category that are listed; the others are summed up."""
@@ -51,12 +54,12 @@ MOST_VALUES = 12
 
 def write(stage: Stage, record: EvaluateRecord, bundle: Bundle, pictures: Sequence[str]) -> None:
     """Write ``<name>.md`` and ``<name>.html`` of each card beside the pictures."""
-    templates, facts = _templates(), _facts(stage, record, bundle.manifest)
+    pages, facts = templates(), _facts(stage, record, bundle.manifest)
     for name in NAMES:
-        markdown = templates.get_template(f"{name}.md.jinja").render(facts, pictures=pictures, galleries=GALLERIES)
+        markdown = pages.get_template(f"{name}.md.jinja").render(facts, pictures=pictures, galleries=GALLERIES)
         (stage.out / f"{name}.md").write_text(markdown, encoding="utf-8")
         title = f"{name.replace('_', ' ').capitalize()}: {stage.config.project}"
-        page = templates.get_template("card.html.jinja").render(title=title, body=html(markdown, stage.out, pictures))
+        page = pages.get_template("card.html.jinja").render(title=title, body=html(markdown, stage.out, pictures))
         (stage.out / f"{name}.html").write_text(page, encoding="utf-8")
 
 
@@ -73,7 +76,7 @@ def html(markdown: str, folder: Path, pictures: Iterable[str]) -> Any:
     return Markup(renderer.renderer.render(tokens, renderer.options, {}))  # noqa: S704 - it escapes what it is given
 
 
-def _templates() -> Environment:
+def templates() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -93,7 +96,7 @@ def _facts(stage: Stage, record: EvaluateRecord, manifest: BundleManifest) -> di
     shards, config, ingest = stage.local(f"{stage.run}/preprocess"), stage.config, stage.read(IngestRecord)
     rows = pd.concat([read_rows(shards, split) for split in in_order(read_index(shards).splits)], ignore_index=True)
     preprocess, train = stage.read(PreprocessRecord), stage.read(TrainRecord)
-    chosen = config.evaluation.subgroups
+    chosen, told = config.evaluation.subgroups, open_task(manifest.task).of_subgroups
     return {
         "config": config,
         "manifest": manifest,
@@ -103,18 +106,19 @@ def _facts(stage: Stage, record: EvaluateRecord, manifest: BundleManifest) -> di
         "train": train,
         "rows": rows,
         "bins": BINS,
+        "masks": manifest.task == "segmentation",
         "today": f"{datetime.now(UTC):%Y-%m-%d}",
         "colour": "grey" if manifest.channels == 1 else "colour",
         "came": f"Source: {_code(config.data.source.kind)}; {ingest.captured} images are captured requests with later labels.",
         "counts": _counts(rows, manifest.labels),
         "metrics": _metrics(record, f"{config.evaluation.confidence:.0%} interval"),
-        "subgroups": _subgroups(record),
-        "worse": list(_worse_groups(record)),
+        "subgroups": _subgroups(record, told),
+        "worse": list(_worse_groups(record, told)),
         "small": [f"{name} ({group.patients})" for name, group in _groups(record) if not group.metrics],
         "unmeasured": [
             _title(name) for name in (stage.domain.subgroups if chosen is None else chosen) if name not in record.subgroups
         ],
-        "without_width": [TITLES[name] for name, (low, high) in record.intervals["test"].items() if low == high],
+        "without_width": [metric_title(name) for name, (low, high) in record.intervals["test"].items() if low == high],
         "without_patient": int((rows["patient"] == "").sum()),
         "metadata": _metadata(rows, stage.domain),
         "digests": _digests(ingest, preprocess, train, manifest),
@@ -142,30 +146,36 @@ def _metrics(record: EvaluateRecord, interval: str) -> str:
     ]
     shown = [column for column in columns if column[1]]
     header = [title if intervals is None else f"{title} ({interval})" for title, _, intervals in shown]
-    table = [[TITLES[name], *(_number(name, *column[1:]) for column in shown)] for name in record.metrics]
+    table = [[_plain(metric_title(name)), *(_number(name, *column[1:]) for column in shown)] for name in record.metrics]
     return _table(["", *header], table)
 
 
-def _subgroups(record: EvaluateRecord) -> str:
+def metric_title(metric: str) -> str:
+    """Of a metric, also of one of a class: ``dice_<label>``."""
+    measure, _, label = metric.partition("_")
+    return TITLES[metric] if metric in TITLES else f"{TITLES[measure]} of {label}"
+
+
+def _subgroups(record: EvaluateRecord, metrics: Sequence[str]) -> str:
     """Every group with its counts, and the metrics of those that have some; empty where there is none."""
     table = [
         [
             name,
             str(group.images),
             str(group.patients),
-            *(_number(metric, group.metrics, group.intervals) for metric in OF_SUBGROUPS),
+            *(_number(metric, group.metrics, group.intervals) for metric in metrics),
         ]
         for name, group in _groups(record)
     ]
-    return _table(["group", "images", "patients", *(TITLES[metric] for metric in OF_SUBGROUPS)], table) if table else ""
+    return _table(["group", "images", "patients", *map(metric_title, metrics)], table) if table else ""
 
 
-def _worse_groups(record: EvaluateRecord) -> Iterator[str]:
-    """Groups whose interval lies below the value of the whole test set."""
+def _worse_groups(record: EvaluateRecord, metrics: Sequence[str]) -> Iterator[str]:
+    """Groups whose interval lies on the wrong side of the value of the whole test set."""
     for name, group in _groups(record):
-        for metric in OF_SUBGROUPS:
-            if metric in group.intervals and group.intervals[metric][1] < record.metrics.get(metric, 0):
-                yield f"{TITLES[metric]} of {name}"
+        for metric in metrics:
+            if is_worse(group, record.metrics, metric):
+                yield f"{metric_title(metric)} of {name}"
 
 
 def _groups(record: EvaluateRecord) -> Iterator[tuple[str, Subgroup]]:

@@ -15,12 +15,11 @@ from cv_factory_ops import registry
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.evaluation import cards, pictures
-from cv_factory_ops.evaluation.bootstrap import Judged
-from cv_factory_ops.evaluation.explanation_gallery import explanation_gallery
+from cv_factory_ops.evaluation.bootstrap import Measured
 from cv_factory_ops.evaluation.subgroups import subgroups
-from cv_factory_ops.ingestion.decode import as_unit_range
+from cv_factory_ops.evaluation.tasks import open_task
+from cv_factory_ops.ingestion.decode import as_levels
 from cv_factory_ops.ingestion.manifest import read_images
-from cv_factory_ops.predictor import infer
 from cv_factory_ops.preprocessing.pipeline import prepare
 from cv_factory_ops.preprocessing.preprocess import spacings
 from cv_factory_ops.preprocessing.shards import Images, open_split, read_index, read_rows
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("test", "recent")
 """The locked test set, and held-out newly captured studies."""
-CURVES = ("train_loss", "val_auc")
-"""Metrics of the training's epochs, in its MLflow run."""
 
 
 def run(stage: Stage) -> EvaluateRecord:
@@ -48,7 +45,7 @@ def run(stage: Stage) -> EvaluateRecord:
     bundles = {"challenger": Bundle.load(stage.local(train.bundle))}
     if champion:
         bundles["champion"] = Bundle.load(stage.local(champion.bundle))
-        _require_same_labels(bundles["champion"], stage.config.labels)
+        _require_comparable(bundles["champion"], stage.config.task, stage.config.labels)
     table = predict_splits(stage, bundles)
     table.to_parquet(stage.out / "predictions.parquet", index=False)
     judged = {who: _by_split(table, who, bundle) for who, bundle in bundles.items()}
@@ -61,8 +58,10 @@ def run(stage: Stage) -> EvaluateRecord:
 
 
 def predict_splits(stage: Stage, bundles: Mapping[str, Bundle]) -> pd.DataFrame:
-    """Columns ``id``, ``patient``, ``split``, ``label``, ``meta_*``, and of each model and class a probability ``<who>_<i>``"""
-    shards, tables = stage.local(f"{stage.run}/preprocess"), []
+    """Columns ``id``, ``patient``, ``split``, ``label``, ``meta_*``, and of each model those of its task: a probability of each
+    class, ``<who>_<i>``, or ``<who>_dice_<i>`` and ``<who>_hd95_<i>`` of each class but the background."""
+    shards, ingested, tables = stage.local(f"{stage.run}/preprocess"), stage.local(f"{stage.run}/ingest"), []
+    task = open_task(stage.config.task)
     for split in SPLITS:
         if split not in read_index(shards).splits:
             continue
@@ -70,14 +69,15 @@ def predict_splits(stage: Stage, bundles: Mapping[str, Bundle]) -> pd.DataFrame:
         metadata = [column for column in rows if column.startswith("meta_")]
         table = rows[["id", "patient", "split", "label", *metadata]]
         for who, bundle in bundles.items():
-            images = _images(stage, shards, split, rows, bundle)
-            probabilities, _ = infer(bundle.network(), images, temperature=bundle.manifest.temperature)
-            table = table.assign(**{f"{who}_{i}": probabilities[:, i] for i in range(probabilities.shape[1])})
+            found = task.columns(bundle, _images(stage, shards, split, rows, bundle), rows, ingested)
+            table = table.assign(**{f"{who}_{name}": values for name, values in found.items()})
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
-def _require_same_labels(champion: Bundle, labels: list[str]) -> None:
+def _require_comparable(champion: Bundle, task: str, labels: list[str]) -> None:
+    if champion.manifest.task != task:
+        raise ConfigError(f"task: {task} given; allowed: {champion.manifest.task}, the champion's: another is another project")
     if champion.manifest.labels != labels:
         raise ConfigError(
             f"labels: {', '.join(labels)} given; allowed: {', '.join(champion.manifest.labels)}, in this order, as the champion"
@@ -85,18 +85,19 @@ def _require_same_labels(champion: Bundle, labels: list[str]) -> None:
         )
 
 
-def _by_split(table: pd.DataFrame, who: str, bundle: Bundle) -> dict[str, Judged]:
-    return {split: Judged.of(table[table["split"] == split], who, bundle.manifest) for split in SPLITS}
+def _by_split(table: pd.DataFrame, who: str, bundle: Bundle) -> dict[str, Measured]:
+    task = open_task(bundle.manifest.task)
+    return {split: task.judged(table[table["split"] == split], who, bundle.manifest) for split in SPLITS}
 
 
 def _measured(
-    stage: Stage, judged: Mapping[str, Mapping[str, Judged]], table: pd.DataFrame, champion: Champion | None
+    stage: Stage, judged: Mapping[str, Mapping[str, Measured]], table: pd.DataFrame, champion: Champion | None
 ) -> EvaluateRecord:
     config, challenger = stage.config.evaluation, judged["challenger"]
     ours = {split: challenger[split].metrics for split in SPLITS}
     theirs = {split: judged["champion"][split].metrics if champion else {} for split in SPLITS}
     return EvaluateRecord(
-        summary=_summary(ours, theirs),
+        summary=_summary(ours, theirs, open_task(stage.config.task).headline),
         predictions=stage.uri("predictions.parquet"),
         metrics=ours["test"],
         champion_metrics=theirs["test"],
@@ -126,49 +127,46 @@ def _images(stage: Stage, shards: Path, split: str, rows: pd.DataFrame, bundle: 
     for row_id, image in read_images(stage.local(f"{stage.run}/ingest")):
         if row_id in known:
             try:
-                found[row_id] = prepare(as_unit_range(image, color), config, known[row_id])
+                found[row_id] = prepare(as_levels(image, color), config, known[row_id])
             except Rejected as error:
                 raise DataError(f"{row_id}: cannot be prepared as the champion wants it: {error}") from None
     return Images([np.stack([found[row_id] for row_id in rows["id"]])])
 
 
 def _draw(
-    stage: Stage, record: EvaluateRecord, judged: Mapping[str, Mapping[str, Judged]], bundle: Bundle
+    stage: Stage, record: EvaluateRecord, judged: Mapping[str, Mapping[str, Measured]], bundle: Bundle
 ) -> tuple[list[str], dict[str, float]]:
     """Write every picture; returns the names of the files, and what the explanations score."""
     shards, test = stage.local(f"{stage.run}/preprocess"), {who: splits["test"] for who, splits in judged.items()}
-    config, challenger = stage.config.evaluation, test["challenger"]
-    train, history = stage.read(TrainRecord), _history(stage)
-    seen = _images(stage, shards, "test", read_rows(shards, "test"), bundle)
-    gallery, explanations = explanation_gallery(challenger, seen, bundle.network(), stage.config.explanations)
+    task, rows = open_task(stage.config.task), read_rows(shards, "test")
+    seen, ingested = _images(stage, shards, "test", rows, bundle), stage.local(f"{stage.run}/ingest")
+    own, explanations = task.figures(test, seen, rows, bundle, ingested, stage.config)
     figures = {
-        "learning_curves": pictures.learning_curves(history, train.best_epoch),
-        "roc": pictures.roc(test, config),
-        "precision_recall": pictures.precision_recall(test, config),
-        "confusion_matrix": pictures.confusion(challenger),
-        "reliability": pictures.reliability(challenger, config),
-        "errors": pictures.errors(challenger, seen),
-        "explanations": gallery,
+        "learning_curves": pictures.learning_curves(_history(stage, task.validation), stage.read(TrainRecord).best_epoch),
+        **own,
         "data": _data_picture(shards, stage.config.labels),
     }
     if any(group.metrics for groups in record.subgroups.values() for group in groups.values()):
-        figures["subgroups"] = pictures.forest(_overall(challenger, record), record.subgroups, config.confidence)
+        overall, titles = _overall(test["challenger"], record), {name: cards.metric_title(name) for name in task.of_subgroups}
+        figures["subgroups"] = pictures.forest(overall, record.subgroups, stage.config.evaluation.confidence, titles)
     for name, figure in figures.items():
         figure.savefig(stage.out / f"{name}.png", dpi=120)
     return [f"{name}.png" for name in figures], explanations
 
 
-def _overall(challenger: Judged, record: EvaluateRecord) -> Subgroup:
+def _overall(challenger: Measured, record: EvaluateRecord) -> Subgroup:
     """The whole test set, as a group."""
     patients = len(np.unique(challenger.patients))
     return Subgroup(images=len(challenger), patients=patients, metrics=record.metrics, intervals=record.intervals["test"])
 
 
-def _history(stage: Stage) -> dict[str, dict[int, float]]:
-    """Values by epoch; of an epoch that a resumed training has repeated, the last one. A longer one before it is left out."""
+def _history(stage: Stage, validation: str) -> dict[str, dict[int, float]]:
+    """Training loss and validation by epoch; of an epoch that a resumed training has repeated, the last one. A longer one
+    before it is left out."""
     client, run_id = registry.connect(stage.config), stage.read(TrainRecord).mlflow_run_id
+    curves = ("train_loss", f"val_{validation}")
     with registry.explained("evaluation"):
-        found = {name: {point.step: point.value for point in client.get_metric_history(run_id, name)} for name in CURVES}
+        found = {name: {point.step: point.value for point in client.get_metric_history(run_id, name)} for name in curves}
     last = stage.read(TrainRecord).epochs
     return {name: {step: value for step, value in points.items() if step <= last} for name, points in found.items()}
 
@@ -201,11 +199,11 @@ def _log(stage: Stage, run_id: str, record: EvaluateRecord) -> None:
         client.set_terminated(run_id)
 
 
-def _summary(metrics: dict[str, dict[str, float]], champion: dict[str, dict[str, float]]) -> str:
+def _summary(metrics: dict[str, dict[str, float]], champion: dict[str, dict[str, float]], headline: tuple[str, ...]) -> str:
     parts = []
     for split, name in (("test", "locked test"), ("recent", "new studies")):
         values = []
-        for metric in ("auc", "accuracy"):
+        for metric in headline:
             if metric in metrics[split]:
                 before = f" (champion {champion[split][metric]:.3f})" if metric in champion[split] else ""
                 values.append(f"{metric} {metrics[split][metric]:.3f}{before}")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cv_factory_ops.calibration import tempered
 from cv_factory_ops.config import EvaluationConfig
 from cv_factory_ops.evaluation.bootstrap import Judged, percentile_interval
+from cv_factory_ops.evaluation.subgroups import is_worse
 from cv_factory_ops.metrics import (
     BINS,
     Mask,
@@ -49,20 +50,27 @@ EXAMPLES = 4
 """Images of each class in the picture of the data."""
 MOST_EXAMPLES = 12
 """Classes of which images are shown."""
+FOREST = {"auc": "AUC", "sensitivity": "sensitivity", "specificity": "specificity"}
+"""Metrics of subgroups that are drawn, where a task has no others."""
 MOST_NUMBERED = 25
 """Classes of a confusion matrix in which numbers can be read."""
 
 
 def learning_curves(history: Mapping[str, Mapping[int, float]], best_epoch: int) -> Figure:
-    """Training loss and validation AUC by epoch: ``history`` holds ``train_loss`` and ``val_auc``."""
+    """Training loss and validation by epoch: ``history`` holds ``train_loss``, and ``val_auc`` or ``val_dice``."""
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
-    panels = (("train_loss", "Training loss", COLOURS[0]), ("val_auc", "Validation AUC", COLOURS[2]))
-    for axes, (name, title, colour) in zip(figure.subplots(1, 2), panels, strict=True):
+    known = {
+        "train_loss": ("Training loss", COLOURS[0]),
+        "val_auc": ("Validation AUC", COLOURS[2]),
+        "val_dice": ("Validation Dice", COLOURS[2]),
+    }
+    panels = [(name, *known[name]) for name in history]
+    for axes, (name, title, colour) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         epochs = sorted(history[name])
         axes.plot(epochs, [history[name][epoch] for epoch in epochs], color=colour, marker="o", markersize=3.5)
         axes.axvline(best_epoch, color=QUIET, linewidth=1, linestyle="--", zorder=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _finish(axes, title, f"epoch (kept: {best_epoch})", "")
+        finish(axes, title, f"epoch (kept: {best_epoch})", "")
     return figure
 
 
@@ -82,7 +90,7 @@ def roc(rivals: Mapping[str, Judged], config: EvaluationConfig) -> Figure:
             _band(axes, line, config, lambda hits, alarms: np.interp(GRID, *points(hits, alarms)))
     if len(judged.manifest.labels) == 2:
         _mark(axes, 1 - judged.metrics["specificity"], judged.metrics["sensitivity"], judged)
-    _finish(axes, f"ROC, locked test set, {len(judged)} images", "1 - specificity", "sensitivity")
+    finish(axes, f"ROC, locked test set, {len(judged)} images", "1 - specificity", "sensitivity")
     _legend(figure, axes, lines, "lower right")
     return figure
 
@@ -112,7 +120,7 @@ def precision_recall(rivals: Mapping[str, Judged], config: EvaluationConfig) -> 
         if (judged.answers == 1).any():
             precision = float((judged.labels == 1)[judged.answers == 1].mean())
             _mark(axes, judged.metrics["sensitivity"], precision, judged)
-    _finish(axes, f"Precision and recall, locked test set, {len(judged)} images", "recall (sensitivity)", "precision")
+    finish(axes, f"Precision and recall, locked test set, {len(judged)} images", "recall (sensitivity)", "precision")
     _legend(figure, axes, lines, "lower left")
     return figure
 
@@ -161,8 +169,8 @@ def reliability(judged: Judged, config: EvaluationConfig) -> Figure:
     below.hist(forecast, bins=np.linspace(0, 1, BINS + 1).tolist(), color=COLOURS[0], rwidth=0.92)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     of, seen = (names[1], f"share of {names[1]}") if len(names) == 2 else ("the answer", "accuracy")
-    _finish(axes, f"Reliability, locked test set, {len(judged)} images", "", seen)
-    _finish(below, "", f"predicted probability of {of}", "images")
+    finish(axes, f"Reliability, locked test set, {len(judged)} images", "", seen)
+    finish(below, "", f"predicted probability of {of}", "images")
     axes.legend(loc="lower right", frameon=False, fontsize=8)
     return figure
 
@@ -175,7 +183,7 @@ def errors(judged: Judged, images: Images) -> Figure:
     panels = figure.subplots(rows, columns).ravel()
     for place, (axes, i) in enumerate(zip(panels, np.argsort(of_truth, kind="stable"), strict=False), 1):
         wrong = judged.answers[i] != judged.labels[i]
-        _show(axes, images[int(i)])
+        show(axes, images[int(i)])
         answer = f"answer: {names[judged.answers[i]]}"
         text = f"{place}. truth: {names[judged.labels[i]]}, {of_truth[i]:.2g}\n{answer if wrong else 'answered so'}"
         axes.set_title(text, loc="left", fontsize=8, color=COLOURS[1] if wrong else "0.35")
@@ -187,27 +195,29 @@ def errors(judged: Judged, images: Images) -> Figure:
     return figure
 
 
-def forest(overall: Subgroup, subgroups: Mapping[str, Mapping[str, Subgroup]], confidence: float) -> Figure:
-    """Metrics of each subgroup with their intervals, beside those of the whole test set."""
-    metrics = {"auc": "AUC", "sensitivity": "sensitivity", "specificity": "specificity"}
+def forest(
+    overall: Subgroup, subgroups: Mapping[str, Mapping[str, Subgroup]], confidence: float, metrics: Mapping[str, str] = FOREST
+) -> Figure:
+    """Metrics of each subgroup with their intervals, beside those of the whole test set; ``metrics``: names and titles."""
     lines = _forest_lines(overall, subgroups)
     figure = Figure(figsize=(10, 1.5 + 0.27 * len(lines)), layout="constrained")
-    title = f"Subgroups of the locked test set, with {confidence:.0%} intervals; red: wholly below the value of all"
+    title = f"Subgroups of the locked test set, with {confidence:.0%} intervals; red: wholly worse than the value of all"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    for column, (axes, name) in enumerate(zip(figure.subplots(1, 3, sharey=True), metrics, strict=True)):
+    for column, (axes, name) in enumerate(zip(figure.subplots(1, len(metrics), sharey=True), metrics, strict=True)):
         if name in overall.intervals:
             axes.axvspan(*overall.intervals[name], color=COLOURS[0], alpha=0.1, linewidth=0)
             axes.axvline(overall.metrics[name], color=COLOURS[0], linewidth=1, linestyle="--")
         for place, (_, group) in enumerate(lines):
             if group and name in group.metrics:
                 axes.hlines(place, *group.intervals[name], color="0.35", linewidth=1.5)
-                axes.plot(group.metrics[name], place, "o", color=COLOURS[1] if _is_below(group, overall, name) else "0.2")
+                colour = COLOURS[1] if is_worse(group, overall.metrics, name) else "0.2"
+                axes.plot(group.metrics[name], place, "o", color=colour)
         axes.set_yticks(range(len(lines)), [title for title, _ in lines])
         axes.tick_params(axis="y", length=0, labelleft=column == 0)
         axes.grid(axis="x", color="0.92")
         axes.locator_params(axis="x", nbins=5)
         axes.set_axisbelow(True)
-        _finish(axes, "", metrics[name], "")
+        finish(axes, "", metrics[name], "")
         axes.spines["left"].set_visible(False)
         axes.set(ylim=(len(lines) - 0.5, -0.5))
     for label, (_, group) in zip(figure.axes[0].get_yticklabels(), lines, strict=True):
@@ -226,7 +236,7 @@ def data(rows: pd.DataFrame, labels: Sequence[str], examples: Mapping[str, NDArr
     for (name, images), row in zip(examples.items(), panels, strict=True):
         row[0].set_title(name, loc="left", fontsize=9)
         for axes, image in zip(row, images, strict=False):
-            _show(axes, image)
+            show(axes, image)
     for axes in panels.flat:
         axes.set_axis_off()
     return figure
@@ -239,14 +249,14 @@ def _draw_counts(figure: SubFigure, rows: pd.DataFrame, labels: Sequence[str], s
     counts = counts.loc[in_order(counts.index)]
     start = np.zeros(len(counts))
     for number in sorted(counts, key=lambda number: number % (len(labels) + 1)):  # -1, no label, comes last
-        name, colour = (labels[number], _colour(number, len(labels))) if number >= 0 else ("no label", QUIET)
+        name, colour = (labels[number], class_colour(number, len(labels))) if number >= 0 else ("no label", QUIET)
         axes.barh(counts.index, counts[number], left=start, color=colour, label=name)
         start += counts[number].to_numpy()
     axes.invert_yaxis()
     for place, total in enumerate(start):
         axes.text(total, place, f" {total:.0f}", va="center", fontsize=9, color="0.35")
     axes.set_xlim(0, 1.1 * start.max())
-    _finish(axes, f"{len(rows)} images", "images", "")
+    finish(axes, f"{len(rows)} images", "images", "")
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
 
 
@@ -339,7 +349,7 @@ def _in_bins(values: Values | Mask, bins: Mask, weights: Weights) -> Values:
     return np.stack([share(values, weights, inside) for inside in bins.T], axis=1)
 
 
-def _show(axes: Axes, image: NDArray[np.uint16]) -> None:
+def show(axes: Axes, image: NDArray[np.uint16]) -> None:
     axes.imshow(image / 65535.0, cmap="gray", vmin=0, vmax=1)
 
 
@@ -353,16 +363,12 @@ def _forest_lines(overall: Subgroup, subgroups: Mapping[str, Mapping[str, Subgro
     return lines
 
 
-def _is_below(group: Subgroup, overall: Subgroup, name: str) -> bool:
-    return group.intervals[name][1] < overall.metrics.get(name, 0)
-
-
-def _colour(number: int, count: int) -> Any:
+def class_colour(number: int, count: int) -> Any:
     """One of ``count`` that differ."""
     return COLOURS[number] if count <= len(COLOURS) else colormaps["turbo"](number / (count - 1))
 
 
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+def finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)

@@ -11,16 +11,17 @@ from numpy.typing import NDArray
 from cv_factory_ops.config import EvaluationConfig
 from cv_factory_ops.domain import Domain
 from cv_factory_ops.errors import ConfigError
-from cv_factory_ops.evaluation.bootstrap import Judged
+from cv_factory_ops.evaluation.bootstrap import Measured
 from cv_factory_ops.records import Subgroup
 
 UNKNOWN, OTHERS = "not known", "others"
+LESS_IS_BETTER = ("hd95",)
 MOST = 8
 """Values of a category that are groups of their own, the most frequent ones; the others are one group together."""
 
 
 def subgroups(
-    judged: Judged, metadata: pd.DataFrame, domain: Domain, config: EvaluationConfig
+    judged: Measured, metadata: pd.DataFrame, domain: Domain, config: EvaluationConfig
 ) -> dict[str, dict[str, Subgroup]]:
     """Counts of every group, and metrics of those with enough patients; metadata that no image has are left out.
 
@@ -63,6 +64,14 @@ def group_of(values: pd.Series, bands: Mapping[str, float]) -> NDArray[np.str_]:
     return groups
 
 
+def is_worse(group: Subgroup, metrics: Mapping[str, float], name: str) -> bool:
+    """Whether the whole interval of a group lies on the wrong side of the value of all images."""
+    if name not in group.intervals or name not in metrics:
+        return False
+    low, high = group.intervals[name]
+    return low > metrics[name] if name in LESS_IS_BETTER else high < metrics[name]
+
+
 def _in_order(groups: NDArray[np.str_], bands: Mapping[str, float]) -> list[str]:
     """Bands from the lowest, values from the most frequent one; then the others, and those that are not known."""
     values, counts = np.unique(groups, return_counts=True)
@@ -70,7 +79,7 @@ def _in_order(groups: NDArray[np.str_], bands: Mapping[str, float]) -> list[str]
     return sorted(place, key=lambda value: (value == UNKNOWN, value == OTHERS, place[value]))
 
 
-def _subgroup(judged: Judged, config: EvaluationConfig) -> Subgroup:
+def _subgroup(judged: Measured, config: EvaluationConfig) -> Subgroup:
     patients = len(np.unique(judged.patients))
     if patients < config.minimum:
         return Subgroup(images=len(judged), patients=patients)

@@ -1,10 +1,12 @@
-"""SageMaker's container contract for one bundle: ``GET /ping`` and ``POST /invocations`` on one port.
+"""SageMaker's container contract for one bundle: ``GET /ping`` and ``POST /invocations`` on one port, and ``GET /metrics``.
 
-A request holds one study (the domain's content type, ``image/png``, ``image/jpeg`` or ``application/x-npy``) or a batch
-(``application/json``, see :func:`cv_factory_ops.ingestion.decode.instances`); the body of the answer is
-:class:`cv_factory_ops.predictor.Answer`. With the header ``X-Amzn-SageMaker-Custom-Attributes: explain=<method>`` it is
-:class:`cv_factory_ops.explainer.ExplainedAnswer` or, where ``Accept`` asks for the domain's content type, a study with the
-overlay in it. A refusal is ``{"error": one line, "code": reason}``. Nothing of a request is logged.
+A request holds one study (the domain's content type, ``image/png``, ``image/jpeg``, ``image/tiff`` or ``application/x-npy``) or
+several (``application/json``, see :func:`cv_factory_ops.ingestion.decode.instances`; ``multipart/form-data``, a file each); the
+body of the answer is :class:`cv_factory_ops.answers.Answer`. With the header
+``X-Amzn-SageMaker-Custom-Attributes: explain=<method>`` it is :class:`cv_factory_ops.answers.ExplainedAnswer`. Where ``Accept``
+asks for the domain's content type, the answer is a study beside the one that was sent: a report, a segmentation, or a picture
+of the explanation.
+A refusal is ``{"error": one line, "code": reason}``. Nothing of a request is logged.
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
 """
 
@@ -16,165 +18,220 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from threading import BoundedSemaphore
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+import cv_factory_ops
+from cv_factory_ops.answers import Answer, SegmentedPrediction
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import EXPLANATIONS, ExplanationMethod
-from cv_factory_ops.domain import Decoded, Decoding, Domain, open_domain
+from cv_factory_ops.config import ExplanationMethod
+from cv_factory_ops.domain import Decoded, open_domain
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected
 from cv_factory_ops.explainer import Explainer, as_study
-from cv_factory_ops.ingestion.decode import PICTURES, decode_one, instances
-from cv_factory_ops.predictor import Predictor
-from cv_factory_ops.server import LARGEST_BODY, listen, read_body, run
+from cv_factory_ops.predictor import Input, Predictor
+from cv_factory_ops.segmentation import mask_of
+from cv_factory_ops.server import Refused, listen, run
+from cv_factory_ops.serving.batching import Batcher
+from cv_factory_ops.serving.engine import open_engine
+from cv_factory_ops.serving.metrics import CONTENT_TYPE_LATEST, Metrics
+from cv_factory_ops.serving.requests import Asked, Part, decoded, decoded_of_several, read
+from cv_factory_ops.serving.settings import ServingSettings
 
 log = logging.getLogger("cvf")
 
-IMAGES = (*PICTURES, "application/x-npy")
-CUSTOM_ATTRIBUTES = {f"explain={name}": method for name, method in EXPLANATIONS.items()}
 MOST_EXPLAINED = 4
 """Images of a request that are explained, so that an answer comes within SageMaker's minute."""
 MOST_WAITING = 4
 """Requests for explanations that may be in hand at a time: more would wait for longer than that minute."""
+
+Output = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Of one image: probabilities and embedding."""
 
 
 def serve(model: Path, host: str, port: int) -> None:
     """Serve a bundle until SIGTERM, then finish what is in hand and return.
 
     With ``CVF_EXIT_WITH_STDIN=1`` the end of standard input stops it too: so it never outlives the process that started
-    it, however that one ends.
+    it, however that one ends. Other settings: :class:`cv_factory_ops.serving.settings.ServingSettings`.
 
     Raises:
+        ConfigError: a setting is not allowed.
         DataError: it is not a bundle, or its weights cannot be loaded.
         Unavailable: the port is taken.
     """
     if os.environ.get("CVF_EXIT_WITH_STDIN") == "1":
         threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    app = create_app(model)
+    app = create_app(model, ServingSettings.from_environment())
     with listen(host, port) as listener:
         run(app, listener)
 
 
-def create_app(bundle_dir: Path) -> Starlette:
+def create_app(bundle_dir: Path, settings: ServingSettings | None = None) -> Starlette:
     """The application around a loaded bundle, which has answered once.
 
     Raises:
         DataError: it is not a bundle, or its weights cannot be loaded.
     """
-    predictor = load(bundle_dir)
-    domain = open_domain(predictor.manifest.domain)
-    threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="predict")
-    slow = ThreadPoolExecutor(1, thread_name_prefix="explain")  # who asks for reasons must not hold up the others
-    places = BoundedSemaphore(MOST_WAITING)
+    container = Container(bundle_dir, settings or ServingSettings())
+    routes = [
+        Route("/ping", container.ping),
+        Route("/metrics", container.exposition),
+        Route("/invocations", container.invocations, methods=["POST"]),
+    ]
+    return Starlette(routes=routes)
 
-    @cache
-    def explainer() -> Explainer:
-        return Explainer(predictor)
 
-    async def ping(_: Request) -> Response:
+class Container:
+    """What one serving process holds: the bundle, and threads for reading, for the network and for explanations.
+
+    A request is read on the threads, its images wait for a batch of the network, and the answer is put together on the
+    threads again.
+    """
+
+    def __init__(self, bundle_dir: Path, settings: ServingSettings) -> None:
+        self.settings = settings
+        self.predictor, self.metrics = _load(bundle_dir, settings)
+        self.domain = open_domain(self.predictor.manifest.domain)
+        self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="read")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="explain")  # who asks for reasons must not hold up the others
+        self._places = threading.BoundedSemaphore(MOST_WAITING)
+        self._batcher = Batcher(self._forward, settings.batch_size, settings.batch_wait_ms / 1000)
+        self._in_flight = 0
+
+    async def ping(self, _: Request) -> Response:
         return Response()
 
-    async def invocations(request: Request) -> Response:
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type not in (domain.content_type, *IMAGES, "application/json"):
-            allowed = ", ".join((domain.content_type, *IMAGES, "application/json"))
-            return _refusal(415, "content_type", f"content type {content_type[:80]!r} given; allowed: {allowed}")
-        asked = request.headers.get("x-amzn-sagemaker-custom-attributes", "")
-        if asked and asked not in CUSTOM_ATTRIBUTES:
-            allowed = ", ".join(CUSTOM_ATTRIBUTES)
-            return _refusal(400, "custom_attributes", f"custom attributes {asked[:80]!r} given; allowed: {allowed}")
-        is_study_wanted = bool(asked) and domain.content_type in request.headers.get("accept", "").lower()
-        if is_study_wanted and content_type != domain.content_type:
-            return _refusal(406, "accept", f"an explanation comes as {domain.content_type} where a study of that type is sent")
-        if (body := await read_body(request)) is None:
-            return _refusal(413, "too_large", f"the body is larger than {LARGEST_BODY} bytes")
-        read = partial(_studies, domain, predictor.manifest.decoding, body, content_type)
-        work, pool = partial(_answer, predictor, read), threads
-        if asked:
-            if not places.acquire(blocking=False):
-                return _refusal(503, "busy", f"{MOST_WAITING} requests for explanations are waiting; try again later")
-            into = (domain, body) if is_study_wanted else None
-            work, pool = partial(_explain, explainer, read, CUSTOM_ATTRIBUTES[asked], into), slow
-            work = partial(_releasing, places, work)
-        return await asyncio.get_running_loop().run_in_executor(pool, _guarded, work)
+    async def exposition(self, _: Request) -> Response:
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    return Starlette(routes=[Route("/ping", ping), Route("/invocations", invocations, methods=["POST"])])
+    async def invocations(self, request: Request) -> Response:
+        started = time.perf_counter()
+        kind = "explain" if "x-amzn-sagemaker-custom-attributes" in request.headers else "predict"
+        with self._counted():
+            response = await self._guarded(request)
+        self.metrics.seconds.labels(kind, str(response.status_code)).observe(time.perf_counter() - started)
+        return response
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._in_flight += 1
+        self.metrics.in_flight.set(self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self.metrics.in_flight.set(self._in_flight)
+
+    async def _guarded(self, request: Request) -> Response:
+        try:
+            if self._in_flight > self.settings.most_in_flight:
+                raise Refused(503, "busy", f"{self.settings.most_in_flight} requests are in hand; try again later")
+            asked = await read(request, self.domain, self.settings.most_images)
+            return await (self._explained(asked, asked.method) if asked.method else self._answered(asked))
+        except Refused as error:
+            return self._refusal(error.status, error.code, str(error))
+        except Rejected as error:
+            return self._refusal(400, error.code, str(error))
+        except ConfigError as error:
+            return self._refusal(400, "custom_attributes", str(error))
+        except Exception as error:  # the sender learns no more than the kind, the log no more than where
+            log.exception("invocations: unexpected %s", type(error).__name__, exc_info=_without_values(error))
+            return self._refusal(500, "internal", f"unexpected {type(error).__name__}")
+
+    async def _answered(self, asked: Asked) -> Response:
+        loop = asyncio.get_running_loop()
+        with self._batcher.coming():
+            reading = [
+                loop.run_in_executor(self._threads, self._inputs, part, number if len(asked.parts) > 1 else None)
+                for number, part in enumerate(asked.parts, 1)
+            ]
+            inputs = [given for of_part in await asyncio.gather(*reading) for given in of_part]
+        outputs = await self._batcher.answer(inputs)
+        return await loop.run_in_executor(self._threads, self._told, asked, inputs, outputs)
+
+    def _inputs(self, part: Part, number: int | None) -> list[Input]:
+        """One by one, so that of a large image no more than the model's input is kept."""
+        return [self.predictor.input_of(study) for study in self._studies(part, number)]
+
+    def _studies(self, part: Part, number: int | None) -> list[Decoded]:
+        decoding, most = self.predictor.manifest.decoding, self.settings.most_images
+        if number is not None:
+            return decoded_of_several(part, number, self.domain, decoding)
+        if len(studies := decoded(part, self.domain, decoding)) > most:
+            raise Rejected("too_many", f"{len(studies)} images given; allowed are {most} a request")
+        return studies
+
+    def _forward(self, inputs: Sequence[Input]) -> list[Output]:
+        self.metrics.batches.observe(len(inputs))
+        return list(zip(*self.predictor.forward(np.stack([given.image for given in inputs])), strict=True))
+
+    def _told(self, asked: Asked, inputs: Sequence[Input], outputs: Sequence[Output]) -> Response:
+        probabilities, embedding = (np.stack(values) for values in zip(*outputs, strict=True))
+        answer = self.predictor.conclude(inputs, probabilities, embedding)
+        self.metrics.count(answer.predictions)
+        if asked.wants_study:
+            return Response(self._report(asked.parts[0].content, answer), media_type=self.domain.content_type)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    def _report(self, study: bytes, answer: Answer) -> bytes:
+        """The first prediction as a study beside the one that it is about."""
+        given, manifest = answer.predictions[0], self.predictor.manifest
+        software = (f"cv-factory {cv_factory_ops.__version__}", answer.bundle_digest)
+        if isinstance(given, SegmentedPrediction):
+            return self.domain.segmentation(study, mask_of(given), manifest.labels[1:], software)
+        return self.domain.report(study, given.label, given.scores, given.abstained, manifest.project, software)
+
+    async def _explained(self, asked: Asked, method: ExplanationMethod) -> Response:
+        if not self._places.acquire(blocking=False):
+            raise Refused(503, "busy", f"{MOST_WAITING} requests for explanations are waiting; try again later")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._slow, self._explain, asked, method)
+        finally:
+            self._places.release()
+
+    def _explain(self, asked: Asked, method: ExplanationMethod) -> Response:
+        studies = [study for part in asked.parts for study in self._studies(part, None)]
+        if len(studies) > MOST_EXPLAINED:
+            raise Rejected("too_many", f"{len(studies)} images given; at most {MOST_EXPLAINED} of a request are explained")
+        answer, overlays = self._explainer.answer(studies, method)
+        self.metrics.count(answer.predictions)
+        if asked.wants_study:
+            study = as_study(self.domain, asked.parts[0].content, answer, overlays[0])
+            return Response(study, media_type=self.domain.content_type)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(self.predictor)
+
+    def _refusal(self, status: int, code: str, message: str) -> Response:
+        self.metrics.errors.labels(code).inc()
+        return Response(json.dumps({"error": message, "code": code}), status, media_type="application/json")
 
 
-def load(bundle_dir: Path) -> Predictor:
-    """A predictor that has answered once, so that the first request is as fast as the others.
-
-    Raises:
-        DataError: it is not a bundle, or its weights cannot be loaded.
-    """
+def _load(bundle_dir: Path, settings: ServingSettings) -> tuple[Predictor, Metrics]:
+    """A predictor that has answered once, so that the first request is as fast as the others, and its metrics."""
     try:
-        predictor = Predictor(Bundle.load(bundle_dir))
+        bundle = Bundle.load(bundle_dir)
+        engine = open_engine(bundle, settings)
+        predictor = Predictor(bundle, engine.network)
         predictor.warm_up()
+        return predictor, Metrics(bundle, engine.name)
     except CvFactoryError:
         raise
     except Exception as error:  # safetensors, torch and numpy each have errors of their own
         raise DataError(f"{bundle_dir}: cannot be loaded as a model bundle ({type(error).__name__})") from error
-    return predictor
-
-
-def _releasing(places: BoundedSemaphore, work: Callable[[], Response]) -> Response:
-    try:
-        return work()
-    finally:
-        places.release()
-
-
-def _guarded(work: Callable[[], Response]) -> Response:
-    try:
-        return work()
-    except Rejected as error:
-        return _refusal(400, error.code, str(error))
-    except ConfigError as error:
-        return _refusal(400, "custom_attributes", str(error))
-    except Exception as error:  # the sender learns no more than the kind, the log no more than where
-        log.exception("invocations: unexpected %s", type(error).__name__, exc_info=_without_values(error))
-        return _refusal(500, "internal", f"unexpected {type(error).__name__}")
-
-
-def _answer(predictor: Predictor, read: Callable[[], list[Decoded]]) -> Response:
-    return Response(predictor.answer(read()).model_dump_json(), media_type="application/json")
-
-
-def _explain(
-    explainer: Callable[[], Explainer],
-    read: Callable[[], list[Decoded]],
-    method: ExplanationMethod,
-    into: tuple[Domain, bytes] | None,
-) -> Response:
-    """``into``: the domain and the study that the answer becomes a picture of; otherwise it is JSON."""
-    if len(studies := read()) > MOST_EXPLAINED:
-        raise Rejected("too_many", f"{len(studies)} images given; at most {MOST_EXPLAINED} of a request are explained")
-    answer, overlays = explainer().answer(studies, method)
-    if into is None:
-        return Response(answer.model_dump_json(), media_type="application/json")
-    return Response(as_study(*into, answer, overlays[0]), media_type=into[0].content_type)
-
-
-def _studies(domain: Domain, decoding: Decoding, body: bytes, content_type: str) -> list[Decoded]:
-    if content_type == "application/json":
-        return instances(body, decoding)
-    if content_type == domain.content_type or domain.recognises(body):
-        domain.require_deidentified(body)
-    return [decode_one(body, content_type, domain, decoding)]
-
-
-def _refusal(status: int, code: str, message: str) -> Response:
-    return Response(json.dumps({"error": message, "code": code}), status, media_type="application/json")
 
 
 def _without_values(error: Exception) -> BaseException:

@@ -15,32 +15,43 @@ from torch.utils.data import Dataset
 
 from cv_factory_ops.config import AugmentConfig, TrainingConfig
 from cv_factory_ops.preprocessing.pipeline import to_tensor
-from cv_factory_ops.preprocessing.shards import Images, open_split
+from cv_factory_ops.preprocessing.shards import Images, open_masks, open_split
 
 
 @dataclass(frozen=True)
 class Shard(Dataset[int]):
-    """One split: images (N, H, W[, 3]) uint16, memory-mapped, and labels (N,) int64. It is read in batches, not by item."""
+    """One split: images (N, H, W[, 3]) uint16, memory-mapped, and labels (N,) int64. It is read in batches, not by item.
+
+    ``masks`` (N, H, W) uint8 are what a segmentation learns; the labels are then those that its images are drawn by.
+    """
 
     images: Images
     labels: NDArray[np.int64]
+    masks: Images | None = None
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Shard:
         import pyarrow.parquet as pq
 
         labels = pq.read_table(folder / f"{split}.parquet", columns=["label"])["label"].to_numpy()
-        return cls(open_split(folder, split), labels.astype(np.int64))
+        return cls(open_split(folder, split), labels.astype(np.int64), open_masks(folder, split))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Images (n, channels, H, W) float32 in 0..1 and labels (n,)."""
-        return to_tensor(self.images[indices]), torch.from_numpy(self.labels[indices])
+        """Images (n, channels, H, W) float32 in 0..1 and labels (n,), or masks (n, H, W) int64."""
+        targets = self.labels[indices] if self.masks is None else self.masks[indices].astype(np.int64)
+        return to_tensor(self.images[indices]), torch.from_numpy(targets)
 
     def class_counts(self, classes: int) -> NDArray[np.int64]:
-        return np.bincount(self.labels, minlength=classes)
+        """(classes,) how often each is a target."""
+        if self.masks is None:
+            return np.bincount(self.labels, minlength=classes)
+        counts: NDArray[np.int64] = sum(
+            (np.bincount(self.masks[i].ravel(), minlength=classes) for i in range(len(self))), np.zeros(classes, np.int64)
+        )
+        return counts
 
 
 def seed_of(*numbers: int) -> int:
@@ -64,6 +75,22 @@ def share_of(order: NDArray[np.int64], rank: int, ranks: int) -> NDArray[np.int6
 
 def augment(images: Tensor, config: AugmentConfig) -> Tensor:
     """Random rotation, translation, flip, contrast, brightness, noise of (n, channels, H, W) images; the range stays 0..1."""
+    return _shade(_move(images, config), config)
+
+
+def augment_with_masks(images: Tensor, masks: Tensor, classes: int, config: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """As :func:`augment`; masks (n, H, W) int64 are moved as their images are.
+
+    What turns between pixels is interpolated class by class, and the class of the greatest share is taken.
+    """
+    of_classes = functional.one_hot(masks, classes).permute(0, 3, 1, 2).to(images.dtype)
+    moved = _move(torch.cat([images, of_classes], 1), config)
+    channels = images.shape[1]
+    return _shade(moved[:, :channels].contiguous(), config), moved[:, channels:].argmax(1)
+
+
+def _move(images: Tensor, config: AugmentConfig) -> Tensor:
+    """Rotation, zoom, translation, flip of (n, channels, H, W), all channels of an image alike."""
     _, _, rows, columns = images.shape
     if config.rotate or config.zoom:
         images = _turn(images, config.rotate, config.zoom)
@@ -71,6 +98,11 @@ def augment(images: Tensor, config: AugmentConfig) -> Tensor:
         images = _shift(images, round(config.shift * rows), round(config.shift * columns))
     if config.flip:
         images = torch.where(_one_each(images) < 0.5, images.flip(3), images)
+    return images
+
+
+def _shade(images: Tensor, config: AugmentConfig) -> Tensor:
+    """Contrast, brightness, noise."""
     if config.intensity:
         contrast = 1 + config.intensity * (2 * _one_each(images) - 1)
         brightness = config.intensity * (2 * _one_each(images) - 1)

@@ -1,4 +1,5 @@
-"""The loop of every training: read it top to bottom. What is learned is the objective's (``objectives.py``).
+"""The loop of every training: read it top to bottom. What is learned is the objective's (``objectives.py``), what an epoch is
+judged by the validation's (``validation.py``).
 
 Everything random in a step is drawn from a seed made of (seed, epoch, position, rank), so a step that is taken again after a
 crash repeats itself exactly, and no generator state needs saving.
@@ -24,11 +25,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cv_factory_ops.config import FineTuning, TrainingConfig
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.ingestion.progress import with_progress
-from cv_factory_ops.metrics import auc
 from cv_factory_ops.models import Classifier, freeze, parameter_groups
 from cv_factory_ops.training.data import Shard, epoch_order, seed_of, share_of
 from cv_factory_ops.training.distributed import Pauses, World, gather_rows, share_buffers, sum_over_ranks
 from cv_factory_ops.training.objectives import open_objective
+from cv_factory_ops.training.validation import open_validation
 
 
 @dataclass
@@ -42,11 +43,11 @@ class Progress:
     loss: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """Of those: sum of the loss, and number."""
     best_epoch: int = 0
-    best_auc: float = -math.inf
+    best_score: float = -math.inf
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     images_per_second: float = 0.0
     history: list[float] = field(default_factory=list)
-    """Validation AUC of each finished epoch."""
+    """Score of each finished epoch on validation."""
     seconds: float = 0.0
     """That all this took, in tries before this one."""
 
@@ -66,6 +67,7 @@ class Trainer:
         self.config, self.world, self.train, self.val = config, world, train, val
         self.network = network.to(world.device)
         self.objective = open_objective(config, self.network, self._class_weights(), unlabelled)
+        self.validation = open_validation(self.network)
         groups = self._parameter_groups()
         self.parallel = DistributedDataParallel(self.objective.module, [world.device] if world.device.type == "cuda" else None)
         self.step_images = config.batch_size * config.accumulate * world.size
@@ -112,9 +114,9 @@ class Trainer:
             self.train_epoch(on_pause, pauses)
             rate = (len(self.train) - position) / (time.monotonic() - started)
             summed, counted = sum_over_ranks(self.progress.loss, self.world)
-            val_auc = self.validate()
-            self._note(val_auc, rate)
-            on_epoch({"train_loss": summed / counted, "val_auc": val_auc, "images_per_second": rate})
+            score = self.validate()
+            self._note(score, rate)
+            on_epoch({"train_loss": summed / counted, f"val_{self.validation.metric}": score, "images_per_second": rate})
 
     def train_epoch(self, on_pause: Callable[[], None], pauses: Pauses) -> None:
         """Take the images of this epoch that are left."""
@@ -177,27 +179,27 @@ class Trainer:
             self.average.update_parameters(self.network)
 
     def validate(self) -> float:
-        """AUC over the whole validation split, the same number on all ranks.
+        """The score of the whole validation split, the same number on all ranks.
 
         Raises:
             ConfigError: the network's answers are not finite.
         """
-        probabilities = self.probabilities(self.val)
-        if not np.isfinite(probabilities).all():
+        rows = self.answers(self.val)
+        if not np.isfinite(rows).all():
             self._give_up("an answer")
-        return auc(self.val.labels, probabilities)
+        return self.validation.score(self.val.labels, rows)
 
     @torch.inference_mode()
-    def probabilities(self, shard: Shard) -> NDArray[np.float32]:
-        """(N, classes) of a split: each rank computes its part, all ranks get all."""
+    def answers(self, shard: Shard) -> NDArray[np.float32]:
+        """(N, columns) what validation keeps of each image of a split: each rank computes its part, all ranks get all."""
         share_buffers(self.candidate)
         self.candidate.eval()
         own, size = np.arange(self.world.rank, len(shard), self.world.size), self.config.batch_size
-        parts = [
-            self.candidate(shard.batch(own[start : start + size])[0].to(self.world.device))[0].softmax(1).cpu()
-            for start in range(0, len(own), size)
-        ]
-        rows = torch.cat(parts).numpy() if parts else np.empty((0, self.network.classes), dtype=np.float32)
+        parts = []
+        for start in range(0, len(own), size):
+            images, targets = (tensor.to(self.world.device) for tensor in shard.batch(own[start : start + size]))
+            parts.append(self.validation.rows(self.candidate(images)[0], targets).cpu())
+        rows = torch.cat(parts).numpy() if parts else np.empty((0, self.validation.columns), dtype=np.float32)
         return gather_rows(rows, len(shard), self.world)
 
     def state(self) -> dict[str, Any]:
@@ -269,13 +271,13 @@ class Trainer:
         behind = self.progress.epoch - self.progress.best_epoch
         return 0 < self.config.patience <= behind
 
-    def _note(self, val_auc: float, images_per_second: float) -> None:
+    def _note(self, score: float, images_per_second: float) -> None:
         self.progress.epoch += 1
         self.progress.position, self.progress.loss = 0, [0.0, 0.0]
         self.progress.images_per_second = images_per_second
-        self.progress.history.append(val_auc)
-        if val_auc > self.progress.best_auc:
-            self.progress.best_auc, self.progress.best_epoch = val_auc, self.progress.epoch
+        self.progress.history.append(score)
+        if score > self.progress.best_score:
+            self.progress.best_score, self.progress.best_epoch = score, self.progress.epoch
             self.progress.best_weights = copy.deepcopy(self.candidate.state_dict())
 
 

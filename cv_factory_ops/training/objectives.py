@@ -1,7 +1,7 @@
 """What a training asks of the network: each objective turns a batch into a loss, and leaves a classifier.
 
-Supervised training and fine-tuning share one; contrastive training and FixMatch are others. Each rank sees its own images;
-DDP averages the gradients.
+Supervised training and fine-tuning share one, or one for masks; contrastive training and FixMatch are others. Each rank sees
+its own images; DDP averages the gradients.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from cv_factory_ops.config import AugmentConfig, ContrastiveConfig, FineTuning, FixMatchConfig, SupervisedConfig, TrainingConfig
 from cv_factory_ops.errors import DataError
-from cv_factory_ops.models import Classifier
-from cv_factory_ops.training.data import Shard, augment, mix
+from cv_factory_ops.models import Classifier, Segmenter
+from cv_factory_ops.training.data import Shard, augment, augment_with_masks, mix
 
 
 class Objective(Protocol):
@@ -27,17 +27,20 @@ class Objective(Protocol):
         """What DDP wraps: the network with whatever else is learned beside it."""
 
     def loss(self, parallel: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of this rank's images (n, channels, H, W) in 0..1 and labels (n,); ``parallel`` is ``module`` under DDP."""
+        """Mean loss of this rank's images (n, channels, H, W) in 0..1 and labels (n,), or masks (n, H, W); ``parallel`` is
+        ``module`` under DDP."""
 
 
 def open_objective(
     config: TrainingConfig, network: Classifier, class_weights: Tensor | None, unlabelled: Shard | None
 ) -> Objective:
-    """The objective that a training declares.
+    """The objective that a training declares; for a network that answers for pixels, the one that learns from masks.
 
     Raises:
         DataError: it needs unlabelled images, and there are none.
     """
+    if isinstance(network, Segmenter):
+        return Segmentation(config, network, class_weights)
     supervised = Supervised(config, network, class_weights)
     match config.objective:
         case SupervisedConfig() | FineTuning():
@@ -69,6 +72,33 @@ class Supervised:
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """With labels (n,) or shares of labels (n, classes)."""
         return cross_entropy(logits, targets, self._class_weights, self._config.label_smoothing)
+
+
+class Segmentation:
+    """Dice and cross entropy of the pixels of randomly changed images, summed up (MONAI's ``DiceCELoss``).
+
+    Dice (Milletari et al. 2016) is that of a batch as a whole, without the background: a class that an image does not show
+    would else give it a loss of 1 for any answer but none.
+    """
+
+    def __init__(self, config: TrainingConfig, network: Segmenter, class_weights: Tensor | None) -> None:
+        from monai.losses import DiceCELoss
+
+        self.module = network
+        self._augment = config.augment
+        self._loss = DiceCELoss(
+            include_background=False,
+            to_onehot_y=True,
+            softmax=True,
+            batch=True,
+            weight=class_weights,
+            label_smoothing=config.label_smoothing,
+        ).to(network.mean.device)
+
+    def loss(self, parallel: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        images, masks = augment_with_masks(images, labels, self.module.classes, self._augment)
+        loss: Tensor = self._loss(parallel(images)[0].float(), masks[:, None])
+        return loss
 
 
 class Contrastive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from cv_factory_ops.calibration import fit_temperature, least_confidence, operat
 from cv_factory_ops.config import CalibrationConfig
 from cv_factory_ops.domain import Kind, open_domain
 from cv_factory_ops.metrics import Labels, Scores
-from cv_factory_ops.models import Classifier
-from cv_factory_ops.predictor import features, infer
-from cv_factory_ops.preprocessing.embedders import fit_embedder
+from cv_factory_ops.models import Classifier, Segmenter
+from cv_factory_ops.predictor import features, in_batches, infer, told
+from cv_factory_ops.preprocessing.embedders import Embedder, fit_embedder
 from cv_factory_ops.preprocessing.shards import read_rows
 from cv_factory_ops.preprocessing.statistics import image_statistics
 from cv_factory_ops.training.data import Shard
@@ -27,6 +28,8 @@ from cv_factory_ops.training.train import Assignment
 
 PCA_IMAGES = 4096
 """Training images, evenly spaced, that the principal components are computed from."""
+UNCALIBRATED = 1.0, 0.5, 0.0
+"""Temperature, threshold and least confidence of a segmentation: a pixel's class is the most probable one."""
 
 
 def write_bundle(assignment: Assignment, network: Classifier, device: torch.device) -> Bundle:
@@ -39,11 +42,15 @@ def write_bundle(assignment: Assignment, network: Classifier, device: torch.devi
     train, val = (Shard.open(assignment.shards, split) for split in ("train", "val"))
     step = max(len(train) // PCA_IMAGES, 1)
     embedder = fit_embedder(config.embedding, train.images, device)
-    pca = fit_pca(infer(network, train.images.every(step), embedder)[1], config.training.embedding_components)
-    probabilities, embedding = infer(network, val.images, embedder)
-    temperature, threshold, abstention = calibrate(val.labels, probabilities, config.calibration)
-    probabilities = tempered(probabilities, temperature)
-    reference, kinds = reference_table(assignment, val, probabilities, pca.transform(embedding))
+    learned = np.concatenate([embedding for _, embedding in in_batches(network, train.images.every(step), embedder)])
+    pca = fit_pca(learned, config.training.embedding_components)
+    if isinstance(network, Segmenter):
+        (temperature, threshold, abstention), (answers, embedding) = UNCALIBRATED, _answers(network, val, embedder)
+    else:
+        probabilities, embedding = infer(network, val.images, embedder)
+        temperature, threshold, abstention = calibrate(val.labels, probabilities, config.calibration)
+        answers = [told(row) for row in tempered(probabilities, temperature)]
+    reference, kinds = reference_table(assignment, val, answers, pca.transform(embedding))
     manifest = BundleManifest(
         project=config.project,
         domain=config.domain,
@@ -64,6 +71,17 @@ def write_bundle(assignment: Assignment, network: Classifier, device: torch.devi
         git_sha=git_sha(),
     )
     return Bundle.write(assignment.out / "bundle", manifest, network, pca, reference, embedder)
+
+
+def _answers(
+    network: Classifier, shard: Shard, embedder: Embedder | None
+) -> tuple[list[dict[str, float]], NDArray[np.float32]]:
+    """What the answers to a split say of themselves, and its embedding, without keeping the answers."""
+    answers, embeddings = [], []
+    for probabilities, embedding in in_batches(network, shard.images, embedder):
+        answers += [told(each) for each in probabilities]
+        embeddings.append(embedding)
+    return answers, np.concatenate(embeddings)
 
 
 def calibrate(labels: Labels, probabilities: Scores, config: CalibrationConfig) -> tuple[float, float, float]:
@@ -88,9 +106,10 @@ def fit_pca(embedding: NDArray[np.float32], components: int) -> Pca:
 
 
 def reference_table(
-    assignment: Assignment, shard: Shard, probabilities: NDArray[np.float32], components: NDArray[np.float64]
+    assignment: Assignment, shard: Shard, answers: Sequence[Mapping[str, float]], components: NDArray[np.float64]
 ) -> tuple[pd.DataFrame, dict[str, Kind]]:
-    """The features of a split's images, and the kind of each; metadata that no image has is left out.
+    """The features of a split's images, and the kind of each; metadata that no image has is left out. ``answers`` are those of
+    :func:`cv_factory_ops.predictor.told`.
 
     One image a patient: the tests that drift is found by hold for independent rows.
     """
@@ -100,7 +119,7 @@ def reference_table(
     metadata = rows[[f"meta_{name}" for name in known]].set_axis(known, axis=1).astype(object)
     metadata = metadata.where(metadata.notna(), None)
     table = [
-        features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i], probabilities[i])
+        features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i], answers[int(i)])
         for i in np.flatnonzero((rows["patient"] == "") | ~rows["patient"].duplicated())
     ]
     kinds: dict[str, Kind] = dict.fromkeys(table[0], "number")

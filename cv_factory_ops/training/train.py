@@ -44,6 +44,10 @@ SAVE_SECONDS = 18.0
 """Time for a last checkpoint after SIGTERM: less than the half minute that Kubernetes gives a pod."""
 
 
+VALIDATION = {"auc": "AUC", "dice": "Dice"}
+"""What an epoch may be judged by, in words."""
+
+
 class Assignment(Frozen):
     """What every rank of a node is told: ``assignment.json`` in the node's private folder."""
 
@@ -100,17 +104,26 @@ class Outcome(Frozen):
     mlflow_page: str
     epochs: int
     best_epoch: int
-    val_auc: float
+    val_auc: float | None = None
+    val_dice: float | None = None
+    """Which of both there is, is the task's."""
     images_per_second: float
     world_size: int
     history: list[float]
-    """Validation AUC of each epoch."""
+    """Validation AUC, or Dice, of each epoch."""
     parameters: int
     """Weights of the network."""
     earlier_seconds: float
     """That killed tries took, up to their last checkpoint."""
     given_up: str
     """Why, where this was a trial of a search that it does not complete; else empty."""
+
+    @property
+    def score(self) -> str:
+        """The metric of validation and its value."""
+        return ", ".join(
+            f"{title} {value:.3f}" for name, title in VALIDATION.items() if (value := getattr(self, f"val_{name}")) is not None
+        )
 
 
 def run(stage: Stage) -> TrainRecord:
@@ -133,7 +146,7 @@ def run(stage: Stage) -> TrainRecord:
     return record(
         stage,
         outcome.mlflow_page,
-        summary=f"validation AUC {outcome.val_auc:.3f} in epoch {outcome.best_epoch} of {outcome.epochs}, "
+        summary=f"validation {outcome.score} in epoch {outcome.best_epoch} of {outcome.epochs}, "
         f"{outcome.images_per_second:.0f} images/s in {outcome.world_size} processes",
         **outcome.model_dump(include=set(TrainRecord.model_fields)),
     )

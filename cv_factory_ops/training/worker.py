@@ -26,7 +26,7 @@ from cv_factory_ops.training.distributed import Pauses, World, join, lost_peer, 
 from cv_factory_ops.training.gang import Failure
 from cv_factory_ops.training.loop import Trainer
 from cv_factory_ops.training.study import Prospects, Trying
-from cv_factory_ops.training.train import Assignment, Outcome
+from cv_factory_ops.training.train import VALIDATION, Assignment, Outcome
 from cv_factory_ops.training.trials import Trials
 from cv_factory_ops.weights import write_weights
 
@@ -181,12 +181,12 @@ class Journal:
         """Log an epoch's metrics and keep its checkpoint."""
         from mlflow.entities import Metric
 
-        done, total = trainer.progress.epoch, trainer.config.epochs
+        done, total, metric = trainer.progress.epoch, trainer.config.epochs, trainer.validation.metric
         self.epochs_logged += 1
         left = (time.monotonic() - self.started) / self.epochs_logged * (total - done)
         log.info(
-            "epoch %d/%d: loss %.4f, validation AUC %.4f, %.0f images/s, %.0f s left",
-            *(done, total, metrics["train_loss"], metrics["val_auc"], metrics["images_per_second"], left),
+            f"epoch %d/%d: loss %.4f, validation {VALIDATION[metric]} %.4f, %.0f images/s, %.0f s left",
+            *(done, total, metrics["train_loss"], metrics[f"val_{metric}"], metrics["images_per_second"], left),
         )
         now = int(time.time() * 1000)
         with registry.explained("training"):
@@ -211,7 +211,7 @@ class Journal:
             mlflow_page=self.page,
             epochs=trainer.progress.epoch,
             best_epoch=trainer.progress.best_epoch,
-            val_auc=round(trainer.progress.best_auc, 6),
+            **{f"val_{trainer.validation.metric}": round(trainer.progress.best_score, 6)},
             images_per_second=round(trainer.progress.images_per_second, 1),
             world_size=trainer.world.size,
             history=trainer.progress.history,

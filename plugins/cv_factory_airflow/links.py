@@ -1,4 +1,4 @@
-"""Buttons on a task's page: the MLflow run, the drift report."""
+"""Buttons on a task's page: the MLflow run, the drift report, the evidence."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ class DriftReportLink(BaseOperatorLink):
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
         report = _record(ti_key).get("report")
         return report_page(report) if report else ""
+
+
+class EvidenceLink(BaseOperatorLink):
+    """The first page of the evidence bundle."""
+
+    name = "Evidence"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        index = _record(ti_key).get("links", {}).get("evidence")
+        return report_page(index) if index else ""
 
 
 def page(path: str) -> str:

@@ -22,7 +22,7 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from cv_factory_airflow import run_uri, stored
-from cv_factory_airflow.links import DriftReportLink, MlflowRunLink
+from cv_factory_airflow.links import DriftReportLink, EvidenceLink, MlflowRunLink
 from cv_factory_ops.config import ProjectConfig, as_uri, home, load
 from cv_factory_ops.errors import ConfigError, DataError, GateRefused
 from cv_factory_ops.records import Result
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 NO_RETRY = {error.exit_code for error in (ConfigError, DataError, GateRefused)}
 GRACE_SECONDS = 10
+APPROVE, REJECT = "Approve", "Reject"
 
 
 class StageOperator(BaseOperator):
@@ -301,6 +302,29 @@ class RegisterOperator(StageOperator):
     operator_extra_links = (MlflowRunLink(),)
 
 
+class ApproveOperator(StageOperator):
+    """Keep what a person has answered to the task ``ask_approval``; a rejection ends the run with that person's reason."""
+
+    stage = "approve"
+    ui_color = "#fdeecb"
+    template_fields = (*StageOperator.template_fields, "answer")
+
+    def __init__(self, *, asked: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        answer = f"ti.xcom_pull(task_ids='{asked}')"
+        self.answer = {
+            "choice": f"{{{{ {answer}['chosen_options'][0] }}}}",
+            "--by": f"{{{{ {answer}['responded_by_user']['name'] }}}}",
+            "--at": f"{{{{ {answer}['responded_at'] }}}}",
+            "--note": f"{{{{ {answer}['params_input'].get('note') or '' }}}}",
+        }
+
+    def _command_line(self, file: str, run: str, settings: Sequence[str]) -> list[str]:
+        given = [f"{option}={value}" for option, value in self.answer.items() if option != "choice"]
+        rejected = [] if self.answer["choice"] == APPROVE else ["--reject"]
+        return [*super()._command_line(file, run, settings), *given, *rejected]
+
+
 class DeployOperator(StageOperator):
     """Roll the model version out to the SageMaker endpoint."""
 
@@ -313,6 +337,14 @@ class VerifyOperator(StageOperator):
 
     stage = "verify"
     ui_color = "#fbdfcf"
+
+
+class EvidenceOperator(StageOperator):
+    """Collect what the version rests on, as a folder and an archive."""
+
+    stage = "evidence"
+    ui_color = "#e6e0f5"
+    operator_extra_links = (EvidenceLink(),)
 
 
 class PromoteOperator(StageOperator):

@@ -8,7 +8,7 @@ from typing import Any
 from airflow.plugins_manager import AirflowPlugin
 
 from cv_factory_airflow import projects  # noqa: F401 - the DAG processor loads plugins once, then forks for each DAG file
-from cv_factory_airflow.links import PAGES, DriftReportLink, MlflowRunLink, page
+from cv_factory_airflow.links import PAGES, DriftReportLink, EvidenceLink, MlflowRunLink, page
 
 
 class Pages:
@@ -25,7 +25,7 @@ class Pages:
 
 class CvFactoryPlugin(AirflowPlugin):
     name = "cv_factory"
-    operator_extra_links = [MlflowRunLink(), DriftReportLink()]
+    operator_extra_links = [MlflowRunLink(), DriftReportLink(), EvidenceLink()]
     fastapi_apps = [{"app": Pages(), "url_prefix": PAGES, "name": "CV Factory"}]
     external_views = [
         {

@@ -9,11 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import CronTriggerTimetable, Param, chain
+from airflow.sdk import BaseOperator, CronTriggerTimetable, Param, chain
 
 from cv_factory_airflow.operators import (
+    APPROVE,
+    REJECT,
+    ApproveOperator,
     DeployOperator,
     EvaluateOperator,
+    EvidenceOperator,
     GateOperator,
     IngestOperator,
     PreprocessOperator,
@@ -22,7 +26,7 @@ from cv_factory_airflow.operators import (
     TrainOperator,
     VerifyOperator,
 )
-from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.config import ApprovalConfig, ProjectConfig, load
 from cv_factory_ops.errors import ConfigError
 
 
@@ -95,7 +99,7 @@ def dag_settings(path: Path, config: ProjectConfig, schedule: str | None = None)
     }
 
 
-def training_stages(settings: Mapping[str, Any] | None = None) -> None:
+def training_stages(config: ProjectConfig, settings: Mapping[str, Any] | None = None) -> None:
     """The chain of a training, in the DAG that is being built; ``settings`` override the project's YAML."""
     chain(
         IngestOperator(task_id="ingest", settings=settings),
@@ -104,10 +108,44 @@ def training_stages(settings: Mapping[str, Any] | None = None) -> None:
         EvaluateOperator(task_id="evaluate", settings=settings),
         GateOperator(task_id="gate", settings=settings),
         RegisterOperator(task_id="register", settings=settings),
+        *(approval(config.approval, settings) if config.approval.enabled else ()),
         DeployOperator(task_id="deploy", settings=settings),
         VerifyOperator(task_id="verify", settings=settings),
+        EvidenceOperator(task_id="evidence", settings=settings),
         PromoteOperator(task_id="promote", settings=settings),
     )
+
+
+def approval(config: ApprovalConfig, settings: Mapping[str, Any] | None) -> tuple[BaseOperator, BaseOperator]:
+    """Ask a person and keep the answer. The question is not asked again when its time has passed: that is an answer too."""
+    from airflow.providers.standard.operators.hitl import HITLOperator
+    from airflow.sdk.execution_time.hitl import HITLUser
+
+    ask = HITLOperator(
+        task_id="ask_approval",
+        subject="Roll out version {{ ti.xcom_pull(task_ids='register')['model_version'] }} of "
+        "{{ ti.xcom_pull(task_ids='register')['model_name'] }}?",
+        body=QUESTION,
+        options=[APPROVE, REJECT],
+        params={"note": Param("", type="string", title="Note", description="Kept in the history and in the evidence")},
+        assigned_users=[HITLUser(id=user, name=user) for user in config.assignees],
+        response_timeout=timedelta(hours=config.timeout_hours),
+        execution_timeout=None,
+        retries=0,
+    )
+    return ask, ApproveOperator(task_id="approve", asked=ask.task_id, settings=settings)
+
+
+QUESTION = """{{ ti.xcom_pull(task_ids='gate')['summary'] }}.
+
+| criterion | value | limit | |
+| --- | --- | --- | --- |
+{% for row in ti.xcom_pull(task_ids='gate')['criteria'] -%}
+| {{ row.name }} | {{ row.value }} | {{ row.rule }} {{ row.limit }} | {{ "passed" if row.passed else row.reason }} |
+{% endfor %}
+[MLflow run]({{ ti.xcom_pull(task_ids='register')['links'].get('mlflow', '') }})
+"""
+"""What a person is shown: the verdict of the gate with its numbers."""
 
 
 def _params(path: Path, config: ProjectConfig) -> dict[str, Param]:

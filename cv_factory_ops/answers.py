@@ -1,0 +1,86 @@
+"""The bodies of answers: what the container says, the gateway passes on, and their clients read. Loads no heavy library."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cv_factory_ops.records import Frozen
+
+
+class Prediction(Frozen):
+    """The answer for one image."""
+
+    label: str
+    score: float
+    """Probability of the positive class (two classes) or of the answered class."""
+    scores: dict[str, float]
+    """Probability of each label."""
+    abstained: bool = False
+    """The answer is less certain than the bundle demands: a person should decide."""
+    features: dict[str, str | float | None]
+    """What drift is watched on; captured with the answer, so that the nightly check reads no pixels."""
+
+
+class Region(Frozen):
+    """What of an image belongs to a class."""
+
+    area: float
+    unit: Literal["mm2", "pixels"]
+    """``pixels`` where the image does not say how far they are apart."""
+    confidence: float | None
+    """Mean probability of the class in its pixels; null where it has none."""
+
+
+class SegmentedPrediction(Prediction):
+    """The answer for the pixels of one image.
+
+    ``label`` is the class of the largest region, or the background where there is none; ``score`` the mean probability of the
+    pixels that are not background, each in its class, or of all where all are; ``scores`` the mean probability of each class
+    over all pixels.
+    """
+
+    regions: dict[str, Region]
+    """By label, but the background."""
+    mask: str
+    """PNG of 8 bits grey, base64, of the image's rows and columns: the value of a pixel is the number of its class."""
+
+
+class Answer(Frozen):
+    """The body of a response of ``/invocations``."""
+
+    predictions: list[SegmentedPrediction | Prediction]
+    bundle_digest: str
+
+
+class Faithfulness(Frozen):
+    """Areas, 0..1, under the curve of a label's probability while pixels are taken away or put in, those of a map's greatest
+    values first (Petsiuk et al. 2018). A map means something that beats itself moved elsewhere, which keeps its grain."""
+
+    deletion: float
+    """Pixels become the mean of the training images: the lower, the better."""
+    deletion_random: float
+    """The same, mean over maps that were moved."""
+    insertion: float
+    """Pixels of the image take the place of those of a blurred one: the higher, the better."""
+    insertion_random: float
+
+
+class Explanation(Faithfulness):
+    """Why an image was given the label that it was given."""
+
+    method: str
+    overlay: str
+    """PNG, base64: the model's input in grey, red where it speaks for the label, blue where against it."""
+
+
+class ExplainedPrediction(Prediction):
+    """An answer with its reason."""
+
+    explanation: Explanation
+
+
+class ExplainedAnswer(Frozen):
+    """The body of a response that was to be explained."""
+
+    predictions: list[ExplainedPrediction]
+    bundle_digest: str

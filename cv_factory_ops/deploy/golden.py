@@ -1,0 +1,147 @@
+"""Golden studies: images of the locked test set with what the evaluation found for them, asked of the live endpoint.
+
+They are drawn once for each bundle, with a fixed seed, and kept beside its archive, so a later rollout of the same bundle is
+held against the same ones. An image is sent as ingestion decoded it, without any metadata but the pixel spacing where a step
+needs it: so preparation, weights and calibration of the server are all in the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from io import BytesIO
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cv_factory_ops import storage
+from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.config import SpacingStep
+from cv_factory_ops.errors import DataError
+from cv_factory_ops.ingestion.manifest import read_group, read_manifest
+from cv_factory_ops.preprocessing.preprocess import spacings
+from cv_factory_ops.records import EvaluateRecord, RegisterRecord
+from cv_factory_ops.server import LARGEST_BODY
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cv_factory_ops.stage import Stage
+
+log = logging.getLogger("cvf")
+
+SEED = 0
+DECIMALS = 6
+"""Of an intensity in 0..1 as text: half of the last is less than half a level of 16 bits, so rounding brings the level back."""
+WHO = "challenger_"
+"""What the evaluation's columns of the bundle begin with."""
+Spacing = tuple[float, float] | None
+
+
+class Study(NamedTuple):
+    """One image as a request, and what the evaluation made of it."""
+
+    body: bytes
+    content_type: str
+    probabilities: list[float]
+    """In the order of the project's labels."""
+
+
+def studies(stage: Stage, bundle_digest: str) -> list[Study]:
+    """The golden studies of a bundle; none where its evaluation is not part of the run, or gave no probabilities of classes."""
+    wanted = stage.config.deploy.golden.studies
+    uri = f"{stage.config.root}/models/{bundle_digest}/golden.npz"
+    if wanted and not storage.exists(uri):
+        drawn = _drawn(stage)
+        if not drawn:
+            log.warning("verify: no golden studies: %s has no probabilities of test images that fit a request", stage.run)
+            return []
+        storage.write_bytes(uri, _packed(drawn))
+    return _unpacked(storage.read_bytes(uri))[:wanted] if wanted else []
+
+
+def require_answer(study: Study, number: int, answer: bytes, labels: list[str], tolerance: float) -> float:
+    """The largest difference of a probability.
+
+    Raises:
+        DataError: it is more than the tolerance, or the answer names no probabilities of these labels.
+    """
+    try:
+        [prediction] = json.loads(answer)["predictions"]
+        found = [float(prediction["scores"][label]) for label in labels]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"golden study {number}: the answer holds no scores of {', '.join(labels)}") from None
+    differences = [abs(one - other) for one, other in zip(found, study.probabilities, strict=True)]
+    worst = max(differences)
+    if not worst <= tolerance:  # also where it is not a number
+        place = differences.index(worst)
+        raise DataError(
+            f"golden study {number}: the endpoint answers {labels[place]} {found[place]:.6f}, "
+            f"the evaluation says {study.probabilities[place]:.6f}; allowed is a difference of {tolerance:g}"
+        )
+    return worst
+
+
+def _drawn(stage: Stage) -> list[Study]:
+    """The first images of a random order that a request can hold."""
+    if not storage.exists(f"{stage.run}/evaluate/result.json"):
+        return []
+    import pandas as pd
+
+    table = pd.read_parquet(stage.local(stage.read(EvaluateRecord).predictions))
+    columns = [f"{WHO}{index}" for index in range(len(stage.config.labels))]
+    if not set(columns) <= set(table):
+        return []
+    steps = Bundle.load(stage.local(stage.read(RegisterRecord).bundle)).manifest.preprocessing.steps
+    needs_spacing = any(isinstance(step, SpacingStep) for step in steps)
+    table = table[table["split"] == "test"].set_index("id")
+    ids = np.random.default_rng(SEED).permutation(np.sort(table.index.to_numpy()))
+    found: list[Study] = []
+    for row_id, image, spacing in _images(stage, list(ids)):
+        body, content_type = _request(image, spacing if needs_spacing else None)
+        if len(body) <= LARGEST_BODY:
+            found.append(Study(body, content_type, table.loc[row_id, columns].astype(float).tolist()))
+        if len(found) == stage.config.deploy.golden.studies:
+            break
+    return found
+
+
+def _images(stage: Stage, ids: list[str]) -> Iterator[tuple[str, NDArray[np.uint16], Spacing]]:
+    """Id, pixels and spacing in mm, in the order of the ids."""
+    folder = stage.local(f"{stage.run}/ingest")
+    manifest: pd.DataFrame = read_manifest(folder).set_index("id", drop=False)
+    known = spacings(manifest)
+    for row_id in ids:
+        [(_, image)] = read_group(folder, manifest.loc[[row_id]])
+        yield row_id, image, known[row_id]
+
+
+def _request(image: NDArray[np.uint16], spacing: Spacing) -> tuple[bytes, str]:
+    """Body and content type: JSON where the spacing is wanted, which the shorter formats cannot hold."""
+    if spacing:
+        instance = np.round(image / 65535, DECIMALS).tolist()
+        return json.dumps({"instances": [instance], "spacing": spacing}, separators=(",", ":")).encode(), "application/json"
+    file = BytesIO()
+    if image.ndim == 2:  # shorter, and without loss; Pillow writes no colors of 16 bits
+        from PIL import Image
+
+        Image.fromarray(image).save(file, "PNG")
+        return file.getvalue(), "image/png"
+    np.save(file, image)
+    return file.getvalue(), "application/x-npy"
+
+
+def _packed(drawn: list[Study]) -> bytes:
+    file = BytesIO()
+    bodies = {f"body_{index}": np.frombuffer(study.body, np.uint8) for index, study in enumerate(drawn)}
+    types, probabilities = [study.content_type for study in drawn], [study.probabilities for study in drawn]
+    np.savez(file, allow_pickle=False, content_types=np.array(types), probabilities=np.array(probabilities), **bodies)
+    return file.getvalue()
+
+
+def _unpacked(content: bytes) -> list[Study]:
+    with np.load(BytesIO(content), allow_pickle=False) as found:
+        rows = zip(found["content_types"].tolist(), found["probabilities"].tolist(), strict=True)
+        return [Study(found[f"body_{index}"].tobytes(), *row) for index, row in enumerate(rows)]
