@@ -2,9 +2,9 @@
 
 ResNet-18 of one channel at 224 px, float32, 1 and 16 images: PyTorch (eager, channels last, `torch.compile` with
 ``--compile``), ONNX Runtime (``pip install onnx onnxscript onnxruntime``) and OpenVINO.
-All are loaded first and then take turns, two forwards each of which the second counts, so that what else the machine does meets them alike. ``cpu`` is user
-and system time of the process a forward, which other processes disturb less than the clock; ``load`` is from the network in
-memory to the first answer; ``difference`` the greatest one from PyTorch's logits and embedding.
+All are loaded first and then take turns, two forwards each of which the second counts, so that what else the machine does meets
+them alike. ``cpu`` is user and system time of the process a forward, which others disturb less than the clock; ``load`` is
+from the network in memory to the first answer; ``difference`` the greatest one from PyTorch's logits and embedding.
 """
 
 from __future__ import annotations

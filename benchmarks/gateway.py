@@ -63,7 +63,8 @@ def running(folder: Path) -> Iterator[tuple[str, str, str, psutil.Process]]:
     key = make_key(ApiKeys(), "benchmark")
     started: list[subprocess.Popen[bytes]] = []
     try:
-        started.append(start_cvf("endpoint", "--state", str(folder / "state"), "--port", url[17:], folder=folder))
+        where = ("--state", str(folder / "state"), "--port", url[17:], "--files", str(folder))
+        started.append(start_cvf("endpoint", *where, folder=folder))
         wait_until(lambda: is_up(f"{url}/ping"))
         deploy(url, folder)
         arguments = ("--config", str(folder / "project.yaml"), "--port", str(port))

@@ -36,7 +36,7 @@ class SegmentedPrediction(Prediction):
 
     ``label`` is the class of the largest region, or the background where there is none; ``score`` the mean probability of the
     pixels that are not background, each in its class, or of all where all are; ``scores`` the mean probability of each class
-    over all pixels.
+    over all pixels. Pixels are those of the image that the model has seen, without padding.
     """
 
     regions: dict[str, Region]

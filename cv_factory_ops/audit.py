@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig
@@ -52,7 +52,9 @@ class Change(Frozen):
     override: str = ""
     """Why a person let it pass though the gate had refused; empty where it had not."""
     approval: ApproveRecord | None = None
-    """What a person was asked before the rollout; None where nobody had to be asked."""
+    """What a person answered before the rollout; None where nobody did."""
+    approval_required: bool = False
+    """Whether ``approval.enabled`` asked for one."""
     aliases: Aliases
     """All aliases after the move."""
 
@@ -69,18 +71,8 @@ class Entry(Frozen):
     change: Change
     previous: str
     """Digest of the entry before this one."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of its JSON, keys sorted, no white space."""
-        return storage.text_digest(json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")))
-
-
-class Stored(Frozen):
-    """What an object of the history holds."""
-
-    entry: Entry
-    digest: str
+    digest: str = Field(default="", exclude=True)
+    """SHA-256 of its JSON as it is stored, keys sorted, no white space. Beside the entry there, not in it."""
 
 
 def head(config: ProjectConfig) -> Entry | None:
@@ -120,7 +112,8 @@ def verify(config: ProjectConfig, noted: str = "") -> list[Entry]:
     """
     found = list(entries(config))
     if noted and all(entry.digest != noted for entry in found):
-        raise DataError(f"{_folder(config)}: no entry has digest {noted}; the history was cut off or made anew")
+        why = "the history was cut off or made anew, or `storage` is another"
+        raise DataError(f"{_folder(config)}: no entry has digest {noted}; {why}")
     return found
 
 
@@ -138,9 +131,10 @@ def append(config: ProjectConfig, aliases: Aliases, propose: Callable[[Aliases],
             return last
         number, previous = (last.number + 1, last.digest) if last else (1, BEGINNING)
         entry = Entry(number=number, time=datetime.now(UTC), before=before, change=change, previous=previous)
-        content = Stored(entry=entry, digest=entry.digest).model_dump_json(indent=1).encode()
-        if storage.create_bytes(_uri(config, number), content):
-            return entry
+        content = entry.model_dump(mode="json")
+        digest = _digest(content)
+        if storage.create_bytes(_uri(config, number), json.dumps({"entry": content, "digest": digest}, indent=1).encode()):
+            return entry.model_copy(update={"digest": digest})
 
 
 def table(found: list[Entry]) -> str:
@@ -176,16 +170,36 @@ def _reason(change: Change) -> str:
     return " ".join("; ".join(part for part in parts if part).split())  # a line break in a reason must not look like an entry
 
 
-def _read(config: ProjectConfig, number: int) -> Entry:
+def stored(config: ProjectConfig, number: int) -> dict[str, Any]:
+    """What the object of an entry holds: ``entry``, whatever version wrote it, and its ``digest``.
+
+    Raises:
+        DataError: it cannot be read, or was changed.
+    """
     uri = _uri(config, number)
     try:
-        stored = Stored.model_validate_json(storage.read_bytes(uri))
-    except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) or "its JSON"
-        raise DataError(f"{uri}: entry {number} is broken: it cannot be read, wrong is {place}") from None
-    if stored.digest != stored.entry.digest or stored.entry.number != number:
+        content: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        sound = content["digest"] == _digest(content["entry"]) and content["entry"]["number"] == number
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{uri}: entry {number} is broken: it cannot be read") from None
+    if not sound:
         raise DataError(f"{uri}: entry {number} is broken: it was changed after it was written")
-    return stored.entry
+    return content
+
+
+def _read(config: ProjectConfig, number: int) -> Entry:
+    content = stored(config, number)
+    try:
+        entry = Entry.model_validate(content["entry"], extra="ignore")  # fields of a later version, or gone by now
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DataError(f"{_uri(config, number)}: entry {number} is broken: it cannot be read, wrong is {place}") from None
+    return entry.model_copy(update={"digest": content["digest"]})
+
+
+def _digest(entry: dict[str, Any]) -> str:
+    """Of the JSON itself, not of what today's code makes of it: a field more or less must not break older histories."""
+    return storage.text_digest(json.dumps(entry, sort_keys=True, separators=(",", ":")))
 
 
 def _folder(config: ProjectConfig) -> str:

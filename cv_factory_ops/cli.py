@@ -107,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
     endpoint.add_argument("--state", default="var/endpoint", help="directory of its state")
     endpoint.add_argument("--host", default="127.0.0.1")
     endpoint.add_argument("--port", type=int, default=8765)
+    endpoint.add_argument(
+        "--files", type=Path, action="append", default=[], metavar="DIR", help="below it, requests may name files; repeatable"
+    )
     endpoint.add_argument("--stop", action="store_true", help="stop the one that works on this state directory")
     return root
 
@@ -240,8 +243,10 @@ def _audit_verify(options: argparse.Namespace) -> int:
     from cv_factory_ops.audit import verify
     from cv_factory_ops.config import load
 
-    entries = verify(load(options.config), options.holds)
-    print(f"{len(entries)} entries, unbroken" + (f", the newest is {entries[-1].digest}" if entries else ""))
+    config = load(options.config)
+    entries = verify(config, options.holds)
+    newest = f"the newest is {entries[-1].digest}" if entries else f"nothing lies in {config.root}/audit"
+    print(f"{len(entries)} entries, unbroken, {newest}")
     return 0
 
 
@@ -370,7 +375,7 @@ def _endpoint(options: argparse.Namespace) -> int:
     if options.stop:
         stop(Path(options.state))
     else:
-        serve(Path(options.state), options.host, options.port)
+        serve(Path(options.state), options.host, options.port, options.files)
     return 0
 
 

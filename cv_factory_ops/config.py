@@ -1040,9 +1040,10 @@ class ApprovalConfig(Frozen):
     """Ask a person before the rollout, in Airflow's UI."""
 
     enabled: bool = False
-    """Without the answer of such a person nothing is deployed, also by hand."""
+    """Without the answer of such a person no run is deployed. `cvf promote` and `cvf rollback` by hand need none: who runs
+    them decides, under their own name."""
     assignees: list[str] = []
-    """Airflow user ids of those who may answer; empty means everybody who may edit the DAG's runs."""
+    """Airflow user ids of those who may answer, also by `cvf approve`; empty means everybody who may edit the DAG's runs."""
     timeout_hours: float = Field(default=72.0, gt=0)
     """Without an answer in this time the run fails, and everything stays as it is."""
 
@@ -1209,7 +1210,7 @@ class GoldenConfig(Frozen):
     studies: int = Field(default=8, ge=0, le=100)
     """How many, drawn once for each bundle; 0 asks for the bundle's digest only."""
     tolerance: float = Field(default=0.001, gt=0, lt=1)
-    """Largest difference of a probability."""
+    """Largest difference of a probability; of a segmentation, largest share of an image's pixels that are of another class."""
 
 
 class _Deploy(Frozen):
@@ -1445,10 +1446,13 @@ class GatewayConfig(Frozen):
     """Bytes of a study; SageMaker lets no more through."""
     max_batch_bytes: int = Field(default=64 << 20, ge=1)
     """Bytes of the body of a batch."""
+    batches_bytes: int = Field(default=512 << 20, ge=1)
+    """Bytes of all batches in hand together; more are told to come again (503)."""
     max_files: int = Field(default=32, ge=1, le=1000)
     """Studies of a batch."""
-    max_pixels: int = Field(default=80_000_000, ge=1)
-    """Rows times columns of a picture or array; of a study of the domain the container says how many."""
+    max_pixels: int = Field(default=80_000_000, ge=1, le=80_000_000)
+    """Rows times columns of a picture or array, of which the container takes no more either; of a study of the domain the
+    container says how many."""
     deidentify: bool = False
     """De-identify studies that come with an identity, by ``deidentification``, and take the metadata off pictures, before they
     leave the gateway; otherwise such studies are refused."""
@@ -1465,6 +1469,12 @@ class GatewayConfig(Frozen):
     open_seconds: float = Field(default=10, gt=0)
     """How long, before one request tries again whether it answers."""
 
+    @model_validator(mode="after")
+    def _room_for_a_batch(self) -> GatewayConfig:
+        if self.batches_bytes < self.max_batch_bytes:
+            raise ValueError("batches_bytes of at least max_batch_bytes")
+        return self
+
     @field_validator("rate_storage")
     @classmethod
     def _no_password(cls, address: str) -> str:
@@ -1477,11 +1487,13 @@ class StreamConfig(Frozen):
     """What ``cvf stream`` answers: messages of one Kafka topic, into another."""
 
     source: KafkaSource
-    """Studies as messages; ``group`` is the stream's own, ``batch`` the most that is answered at a time."""
+    """Studies as messages; ``group`` is the stream's own, ``batch`` the most that is answered at a time, up to 32."""
     sink: KafkaTopic
     """Topic of the answers: key is that of the message, value a line as in ``predictions.jsonl``."""
     wait: float = Field(default=0.2, ge=0, le=60)
     """Seconds that a message waits for others to be answered with."""
+    answer_minutes: float = Field(default=30, ge=1, le=1440)
+    """How long answering what was gathered may take, before other members of the group get it (``max.poll.interval.ms``)."""
     champion_minutes: float = Field(default=5, gt=0)
     """How often the registry is asked for a new champion, which then answers."""
 

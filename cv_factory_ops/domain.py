@@ -141,11 +141,13 @@ class Domain(Protocol):
             Rejected: code ``identified``, the study cannot be referred to, or has another shape.
         """
 
-    def read_mask(self, data: bytes) -> NDArray[np.uint8]:
-        """(rows, columns) the number of each pixel's class, 0 of none, of a mask in the domain's own format.
+    def read_mask(self, data: bytes, labels: Sequence[str], instance: str) -> NDArray[np.uint8]:
+        """(rows, columns) each pixel's class as an index into ``labels``, 0 of none, of a mask in the domain's own format, that
+        names its classes and its image. ``instance`` is the image's, as of :class:`Decoded`; empty where it has none.
 
         Raises:
-            Rejected: it is none, or not of one image.
+            Rejected: ``mask_class``: it names a class that is none of the labels; ``mask_image``: it is of another image; with
+                another code, it is no mask of one image.
         """
 
     def generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import time
@@ -16,6 +17,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from cv_factory_ops.config import KafkaSource, KafkaTopic
 from cv_factory_ops.errors import ConfigError, Rejected, Unavailable
+
+log = logging.getLogger("cvf")
 
 Client = TypeVar("Client")
 Headers = Sequence[tuple[str, bytes | None]]
@@ -212,8 +215,10 @@ class Member:
             if offsets:
                 self._consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as error:
-            if error.args[0].code() not in NOT_OURS:  # then it comes again, to whom they are now
+            if error.args[0].code() not in NOT_OURS:
                 raise explained(error.args[0], self._source) from None
+            place, reason = f"topic {self._source.topic}", error.args[0].name()
+            log.warning("kafka: %s: partitions have gone to other members; messages come again (%s)", place, reason)
 
     def on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Partitions are ours from now on."""

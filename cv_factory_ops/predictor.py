@@ -76,11 +76,7 @@ class Predictor:
         """The last step of an answer, from what :meth:`forward` gave for the inputs' images."""
         components = self._pca.transform(embedding)
         predictions = [
-            self._prediction(
-                given,
-                probabilities[i],
-                features(given.statistics, given.metadata, components[i], told(probabilities[i])),
-            )
+            self._prediction(given, probabilities[i], features(given.statistics, given.metadata, components[i]))
             for i, given in enumerate(inputs)
         ]
         return Answer(predictions=predictions, bundle_digest=self.bundle.digest)
@@ -119,7 +115,7 @@ class Predictor:
             score=round(float(probabilities[1 if len(labels) == 2 else answer]), 6),
             scores={label: round(float(p), 6) for label, p in zip(labels, probabilities, strict=True)},
             abstained=bool(confidence(probabilities[None], threshold)[0] < self.manifest.abstention),
-            features=values,
+            features={**values, **told(probabilities)},
         )
 
 
@@ -156,23 +152,18 @@ def in_batches(
 
 
 def features(
-    statistics: Mapping[str, float],
-    metadata: Mapping[str, str | float | None],
-    components: NDArray[np.float64],
-    of_answer: Mapping[str, float],
+    statistics: Mapping[str, float], metadata: Mapping[str, str | float | None], components: NDArray[np.float64]
 ) -> dict[str, str | float | None]:
-    """The features of one image under their names: ``image_*``, ``metadata_*``, ``embedding_*``, and those of :func:`told`."""
+    """The features of one image under their names, ``image_*``, ``metadata_*``, ``embedding_*``; an answer adds those of
+    :func:`told`."""
     values: dict[str, str | float | None] = {f"image_{name}": round(statistics[name], 6) for name in STATISTICS}
     values |= {f"metadata_{name}": value for name, value in metadata.items()}
-    values |= {f"embedding_{i}": round(float(value), 6) for i, value in enumerate(components)}
-    return values | dict(of_answer)
+    return values | {f"embedding_{i}": round(float(value), 6) for i, value in enumerate(components)}
 
 
 def told(probabilities: NDArray[np.float32]) -> dict[str, float]:
     """What one answer (classes,) says of itself: ``score`` and ``entropy``; of pixels see
     :func:`cv_factory_ops.segmentation.told`."""
-    if probabilities.ndim == 3:
-        return segmentation.told(probabilities)
     return {
         "score": round(float(probabilities[1] if len(probabilities) == 2 else probabilities.max()), 6),
         "entropy": round(float(-(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum()), 6),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import getpass
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from cv_factory_ops.records import (
     ApproveRecord,
     EvidenceRecord,
     GateRecord,
+    IngestRecord,
     PromoteRecord,
     RegisterRecord,
     VerifyRecord,
@@ -39,16 +40,19 @@ def approve(stage: Stage) -> ApproveRecord:
     """Stage ``approve``: keep a person's answer with what it was given to. A rejection ends it with exit code 4.
 
     Raises:
-        ConfigError: no answer is given.
+        ConfigError: no answer is given, or not by one of ``approval.assignees``.
     """
-    order, registered = stage.order, stage.read(RegisterRecord)
+    order, registered, assignees = stage.order, stage.read(RegisterRecord), stage.config.approval.assignees
     if order is None:
         raise ConfigError("--by: nobody given; allowed: the name of the person who answers")
+    if assignees and order.who not in assignees:
+        raise ConfigError(f"--by: {order.who} given; allowed by approval.assignees: {', '.join(assignees)}")
     approved = order.action == "approval"
     return ApproveRecord(
         summary=f"version {registered.model_version} was {'approved' if approved else 'rejected'} by {order.who}",
         approved=approved,
         who=order.who,
+        login=person(),
         time=order.time or datetime.now(UTC),
         note=order.why,
         bundle_digest=registered.bundle_digest,
@@ -60,13 +64,19 @@ def require_may_roll_out(stage: Stage) -> None:
     """What stage ``deploy`` asks before it touches the endpoint.
 
     Raises:
+        DataError: the history is broken, or names another bundle for this version, or the test set is not the locked one.
         GateRefused: the version is neither challenger nor champion, or was compared with another champion, so that endpoint and
             alias would part; or a person must approve it and has not.
     """
+    registered, history = stage.read(RegisterRecord), audit.verify(stage.config)
+    aliases, version = history[-1].change.aliases if history else {}, registered.model_version
+    changes = [entry.change for entry in history if entry.change.version == version]
+    if changes and changes[0].bundle_digest != registered.bundle_digest:
+        found, known = registered.bundle_digest[:12], changes[0].bundle_digest[:12]
+        raise DataError(f"version {version}: its run now has bundle {found}, by the history it is {known}; train in a new run")
+    _require_locked_test_set(stage)
     if stage.order:
         return
-    registered, entry = stage.read(RegisterRecord), audit.head(stage.config)
-    aliases, version = entry.change.aliases if entry else {}, registered.model_version
     if aliases.get("champion") == version:
         return
     if aliases and aliases.get("challenger") != version:
@@ -78,7 +88,7 @@ def require_may_roll_out(stage: Stage) -> None:
     if aliases:
         _require_passed(stage, registered)
         registry.require_same_rival(stage, aliases, version)
-    if stage.config.approval.enabled:
+    if stage.config.approval.enabled or any(change.approval_required for change in changes):
         _require_approval(stage, registered)
 
 
@@ -91,9 +101,10 @@ def approval_of(stage: Stage, registered: RegisterRecord) -> ApproveRecord | Non
     return found if same and found.approved else None
 
 
-def promote(stage: Stage) -> PromoteRecord:
+def promote(stage: Stage, require_served: Callable[[], None]) -> PromoteRecord:
     """Stage ``promote``: only after the live endpoint was verified does ``champion`` move, and ``previous`` to the one before.
 
+    ``require_served`` asks the endpoint, right before the move, whether it still serves what was verified, or raises.
     The first promotion locks the test set: later trainings are judged on exactly these images.
 
     Raises:
@@ -107,8 +118,9 @@ def promote(stage: Stage) -> PromoteRecord:
             f"registered is {registered.bundle_digest[:12]}; the alias stays where it is"
         )
     _require_passed(stage, registered)
+    _require_locked_test_set(stage)
+    entry = registry.move(stage.config, lambda aliases: _promotion(stage, registered, aliases, require_served))
     _lock_test_set(stage)
-    entry = registry.move(stage.config, lambda aliases: _promotion(stage, registered, aliases))
     _tag(stage, registered, entry)
     previous = entry.change.aliases.get("previous") if entry else None
     return PromoteRecord(
@@ -139,15 +151,22 @@ def promote_by_hand(config: ProjectConfig, run: str, why: str, override: str = "
 def rollback(config: ProjectConfig, to: int | None, why: str) -> PromoteRecord:
     """Roll out the previous champion, or any version that has once been champion, and make it champion again.
 
+    Where the newest move was a rollback, one that names no version is that one again: it may have been killed, or somebody else
+    may have been quicker, and ``previous`` is now the version that they went away from.
+
     Raises:
         DataError: there is none, or that version has never been champion.
     """
-    champions = [entry.change.version for entry in audit.entries(config) if entry.change.action != "registration"]
-    version = to or _previous(config)
-    if version not in champions:
-        known = ", ".join(map(str, sorted(set(champions)))) or "none yet"
-        raise DataError(f"--to: {version or 'no version'} given; allowed is a version that has been champion: {known}")
-    return _run_stages(ROLLOUT, config, registry.run_of(config, version), Order("rollback", person(), why))
+    entries = audit.verify(config)
+    known = (aliases for entry in entries for aliases in (entry.before, entry.change.aliases))
+    champions = {aliases["champion"] for aliases in known if "champion" in aliases}
+    moves = [entry.change for entry in entries if entry.change.action != "registration"]
+    if to is None and moves:
+        to = moves[-1].version if moves[-1].action == "rollback" else moves[-1].aliases.get("previous")
+    if to is None or to not in champions:
+        given, allowed = "no version" if to is None else to, ", ".join(map(str, sorted(champions))) or "none yet"
+        raise DataError(f"--to: {given} given; allowed is a version that has been champion: {allowed}")
+    return _run_stages(ROLLOUT, config, registry.run_of(config, to), Order("rollback", person(), why))
 
 
 def person() -> str:
@@ -170,11 +189,6 @@ def _run_stages(names: Sequence[str], config: ProjectConfig, run: str, order: Or
     return PromoteRecord.model_validate(result.record)
 
 
-def _previous(config: ProjectConfig) -> int | None:
-    entry = audit.head(config)
-    return entry.change.aliases.get("previous") if entry else None
-
-
 def _require_approval(stage: Stage, registered: RegisterRecord) -> None:
     if approval_of(stage, registered) is None:
         raise GateRefused(
@@ -193,17 +207,16 @@ def _require_passed(stage: Stage, registered: RegisterRecord) -> None:
         raise GateRefused(f"the gate has refused it: {gate.refusal}")
 
 
-def _promotion(stage: Stage, registered: RegisterRecord, aliases: audit.Aliases) -> audit.Change | None:
+def _promotion(
+    stage: Stage, registered: RegisterRecord, aliases: audit.Aliases, require_served: Callable[[], None]
+) -> audit.Change | None:
     """The entry of this promotion; None where it has been written before."""
     version, current = registered.model_version, aliases.get("champion")
     if current == version:
         return None
-    # Two rollouts can pass each other between the first question of `deploy` and this one; the later one is told here.
-    try:
-        registry.require_same_rival(stage, aliases, version)
-    except GateRefused as error:
-        served = f"the endpoint serves version {version}, `cvf promote --to {current}` puts it back"
-        raise GateRefused(f"{error}; {served}") from None
+    # Two rollouts can pass each other between the first question of `deploy` and these; the later one is told here.
+    registry.require_same_rival(stage, aliases, version)
+    require_served()
     evidence, order = stage.read(EvidenceRecord), stage.order
     moved: audit.Aliases = {**aliases, "champion": version}
     if current is not None:
@@ -222,6 +235,7 @@ def _promotion(stage: Stage, registered: RegisterRecord, aliases: audit.Aliases)
         evidence_digest=evidence.archive_digest,
         override=order.override if order else "",
         approval=approval_of(stage, registered),
+        approval_required=stage.config.approval.enabled,
         aliases=moved,
     )
 
@@ -236,6 +250,7 @@ def _tag(stage: Stage, registered: RegisterRecord, entry: audit.Entry | None) ->
 
 
 def _lock_test_set(stage: Stage) -> None:
+    """The test set of the first champion: not before it is one, another one may be first."""
     from cv_factory_ops.ingestion.manifest import read_manifest
 
     if storage.exists(locked_test(stage.config)):
@@ -243,3 +258,17 @@ def _lock_test_set(stage: Stage) -> None:
     manifest = read_manifest(stage.local(f"{stage.run}/ingest"))
     digests = sorted(manifest.loc[manifest["split"] == "test", "digest"])
     storage.create_bytes(locked_test(stage.config), json.dumps({"run": stage.run, "digests": digests}).encode())
+
+
+def _require_locked_test_set(stage: Stage) -> None:
+    """A champion with another one could not be compared with any later training. A rollback, which is urgent, goes on."""
+    from cv_factory_ops.ingestion.splits import test_digest
+
+    uri = locked_test(stage.config)
+    if (stage.order and stage.order.action == "rollback") or not storage.exists(uri):
+        return
+    locked, own = test_digest(json.loads(storage.read_bytes(uri))["digests"]), stage.read(IngestRecord).test_digest
+    if locked != own:
+        raise DataError(
+            f"the test set of this run (digest {own[:12]}) is not the locked one ({locked[:12]}, {uri}); train in a new run"
+        )

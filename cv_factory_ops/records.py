@@ -188,7 +188,9 @@ class ApproveRecord(Record):
     stage = "approve"
     approved: bool
     who: str
-    """Login of that person."""
+    """Name of that person, as Airflow or ``--by`` gives it."""
+    login: str = ""
+    """Login and machine that kept the answer: a worker's, or by ``cvf approve`` the person's own."""
     time: datetime
     """Of the answer, UTC."""
     note: str
@@ -221,7 +223,7 @@ class VerifyRecord(Record):
     golden_studies: int = 0
     """Studies of the locked test set that it answered as the evaluation did."""
     largest_difference: float | None = None
-    """Of a probability, among those; None where there were none."""
+    """Of a probability, among those, or the share of pixels of another class; None where there were none."""
 
 
 class EvidenceRecord(Record):
@@ -233,6 +235,8 @@ class EvidenceRecord(Record):
     archive_digest: str
     """SHA-256 of that file."""
     files: int
+    basis: str = ""
+    """Digest of bundle, verdict and approval: where they are the same, a person who promotes by hand keeps it as it is."""
 
 
 class PromoteRecord(Record):

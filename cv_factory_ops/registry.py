@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from cv_factory_ops.stage import record_digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
     from cv_factory_ops.stage import Stage
 
@@ -128,53 +130,58 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def run_page(client: MlflowClient, run_id: str) -> str:
     """Address of a run's page; empty where the store has no web server."""
-    uri = client.tracking_uri
+    uri = re.sub("://[^/]*@", "://", client.tracking_uri)  # a login is not for everybody who is shown the link
     experiment = client.get_run(run_id).info.experiment_id
     return f"{uri}/#/experiments/{experiment}/runs/{run_id}" if uri.startswith("http") else ""
 
 
 def champion(config: ProjectConfig) -> Champion | None:
-    """The current champion of a project, None before the first promotion."""
+    """The current champion of a project, None before the first promotion.
+
+    Raises:
+        DataError: MLflow has lost it, or its history is broken.
+    """
     client = connect(config)
     with explained(f"model {config.project}"):
         number = align(client, config).get("champion")
-        if number is None:
-            return None
-        version = client.get_model_version(config.project, str(number))
+    if number is None:
+        return None
+    version = _require_version(client, config, number)
     tags = version.tags
     return Champion(number, tags["bundle"], tags["bundle_digest"], tags["test_digest"], version.run_id)
 
 
 def run_of(config: ProjectConfig, version: int) -> str:
-    """URI of the run that made a version.
+    """URI of the run that made a version, by the history; by a tag of MLflow's where the version is older than that.
 
     Raises:
         DataError: there is no such version.
     """
-    client = connect(config)
-    with explained(f"version {version} of model {config.project}"):
-        run: str | None = client.get_model_version(config.project, str(version)).tags.get(RUN_TAG)
-    if run is None:
-        raise DataError(f"version {version} of model {config.project}: its tag {RUN_TAG} names no run")
-    return run
+    tag: str | None = _require_version(connect(config), config, version).tags.get(RUN_TAG)
+    known = {entry.change.version: entry.change.run for entry in audit.entries(config)}
+    if run := known.get(version, tag):
+        return run
+    raise DataError(f"version {version} of model {config.project}: its tag {RUN_TAG} names no run")
 
 
 def align(client: MlflowClient, config: ProjectConfig) -> audit.Aliases:
-    """Make MLflow's aliases those of the project's history; returns them. Without a history they are left as they are."""
+    """Make MLflow's aliases those of the project's history; returns them. Without a history they are left as they are.
+
+    Raises:
+        DataError: they differ, and the history is broken or lacks what MLflow has noted of it: it cannot be what is right.
+    """
     name, found = config.project, _aliases(client, config.project)
-    while entry := audit.head(config):
+    entry = audit.head(config)
+    if entry is None or entry.change.aliases != found:
+        _require_whole_history(client, config, found)
+    while entry:
         wanted = entry.change.aliases
         for alias in audit.ALIASES:
-            if found.get(alias) == wanted.get(alias):
-                continue
-            log.info("alias %s of %s: %s, now %s", alias, name, found.get(alias, "none"), wanted.get(alias, "none"))
-            if alias in wanted:
-                client.set_registered_model_alias(name, alias, str(wanted[alias]))
-            else:
-                client.delete_registered_model_alias(name, alias)
-        if audit.head(config) == entry:  # else another one has moved on meanwhile, and this may have undone its work
+            if found.get(alias) != wanted.get(alias):
+                _set_alias(client, name, alias, wanted.get(alias))
+        if (newest := audit.head(config)) == entry:  # else another one has moved on, and this may have undone its work
             return wanted
-        found = _aliases(client, name)
+        entry, found = newest, _aliases(client, name)
     return found
 
 
@@ -182,18 +189,59 @@ def move(config: ProjectConfig, propose: Callable[[audit.Aliases], audit.Change 
     """Write a change of aliases down, then make it in MLflow; returns the newest entry of the history.
 
     ``propose``: see :func:`cv_factory_ops.audit.append`.
+
+    Raises:
+        DataError: the history is broken, or lacks what MLflow has noted of it.
     """
     client = connect(config)
     with explained(f"model {config.project}"):
-        audit.append(config, align(client, config), propose)
+        found = _aliases(client, config.project)
+        _require_whole_history(client, config, found)
+        audit.append(config, found, propose)
         align(client, config)
     return audit.head(config)
+
+
+def _set_alias(client: MlflowClient, name: str, alias: str, version: int | None) -> None:
+    """A version that was deleted in MLflow stops nobody but who asks for just that one."""
+    from mlflow.exceptions import MlflowException
+
+    if version is None:
+        client.delete_registered_model_alias(name, alias)
+    else:
+        try:
+            client.set_registered_model_alias(name, alias, str(version))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            log.warning("alias %s of %s: version %d is not in MLflow any more", alias, name, version)
+            return
+    log.info("alias %s of %s is now %s", alias, name, version or "none")
+
+
+def _require_whole_history(client: MlflowClient, config: ProjectConfig, found: audit.Aliases) -> None:
+    """Unbroken, and with the entry by which MLflow's champion came to be: without it, ``audit/`` or ``storage`` is another."""
+    champion = found.get("champion")
+    tags = client.get_model_version(config.project, str(champion)).tags if champion else {}
+    audit.verify(config, tags.get("audit", ""))
+
+
+def _require_version(client: MlflowClient, config: ProjectConfig, version: int) -> ModelVersion:
+    try:
+        with explained(f"model {config.project}"):
+            return client.get_model_version(config.project, str(version))
+    except DataError:
+        raise DataError(
+            f"version {version} of model {config.project}: is not in MLflow any more; "
+            "`cvf rollback --to` or `cvf promote --to` puts another in its place, `cvf audit log` lists them"
+        ) from None
 
 
 def register(stage: Stage) -> RegisterRecord:
     """Stage ``register``: log the bundle as a pyfunc, make the model version, point ``challenger`` at it.
 
     Raises:
+        DataError: the run was trained anew after its version was registered.
         GateRefused: the gate has refused it, or compared it with another champion than the present one.
     """
     train, ingest, gate = stage.read(TrainRecord), stage.read(IngestRecord), stage.read(GateRecord)
@@ -212,7 +260,7 @@ def register(stage: Stage) -> RegisterRecord:
     }
     client = connect(stage.config)
     with explained(f"model {name}"):
-        known = _version_of_run(client, name, stage.run)
+        known = _version_of_run(client, name, stage.run, train.bundle_digest)
         require_same_rival(stage, align(client, stage.config), known)
         version = known or _new_version(client, name, run_id, bundle, tags)
 
@@ -229,6 +277,7 @@ def register(stage: Stage) -> RegisterRecord:
             bundle_digest=train.bundle_digest,
             gate_digest=tags["gate_digest"],
             override=stage.order.override if stage.order else "",
+            approval_required=stage.config.approval.enabled,
             aliases={**aliases, "challenger": version},
         )
 
@@ -302,9 +351,18 @@ def _by_alias(client: MlflowClient, name: str, alias: str) -> Any:
         raise
 
 
-def _version_of_run(client: MlflowClient, name: str, run: str) -> int | None:
+def _version_of_run(client: MlflowClient, name: str, run: str, bundle_digest: str) -> int | None:
+    """A version is one bundle: approval, evidence and history are about that one."""
     versions = client.search_model_versions(f"name = '{name}' and tags.`{RUN_TAG}` = '{run}'")
-    return int(versions[0].version) if versions else None
+    if not versions:
+        return None
+    number, digest = int(versions[0].version), versions[0].tags["bundle_digest"]
+    if digest != bundle_digest:
+        raise DataError(
+            f"{run}: its bundle is now {bundle_digest[:12]}, version {number} was registered with {digest[:12]}; "
+            "train in a new run"
+        )
+    return number
 
 
 def _new_version(client: MlflowClient, name: str, run_id: str, bundle: Path, tags: dict[str, str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -13,18 +13,19 @@ from cv_factory_ops.answers import Region, SegmentedPrediction
 from cv_factory_ops.preprocessing.geometry import Geometry, Mask, Spacing
 
 
-def told(probabilities: NDArray[np.float32]) -> dict[str, float]:
-    """What an answer (classes, H, W) says of itself, for drift.
+def told(probabilities: NDArray[np.float32], weights: NDArray[np.int64]) -> dict[str, float]:
+    """What an answer (classes, H, W) says of itself, for drift; ``weights``: (H, W) of
+    :meth:`cv_factory_ops.preprocessing.geometry.Geometry.weights`, so that all is said of the image, and nothing of padding.
 
     ``score``: its confidence, the mean probability of the pixels that are not background, each in its class, or of all pixels
     where all are; ``entropy``: the mean of the pixels', in nats; ``foreground``: share of the pixels that are not background.
     """
     answer, sure = probabilities.argmax(0), probabilities.max(0)
-    found = answer > 0
+    found = weights * (answer > 0)
     return {
-        "score": round(float(sure[found].mean() if found.any() else sure.mean()), 6),
-        "entropy": round(float(-(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum(0).mean()), 6),
-        "foreground": round(float(found.mean()), 6),
+        "score": _mean(sure, found if found.any() else weights),
+        "entropy": _mean(-(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum(0), weights),
+        "foreground": _mean(answer > 0, weights),
     }
 
 
@@ -33,29 +34,35 @@ def segmented(
     labels: Sequence[str],
     geometry: Geometry,
     spacing: Spacing,
-    features: dict[str, str | float | None],
+    features: Mapping[str, str | float | None],
 ) -> SegmentedPrediction:
     """The answer (classes, H, W) of the model's input, as one about the image that this was prepared from."""
-    answer = probabilities.argmax(0).astype(np.uint8)
-    mask = geometry.restore(answer)
+    answer, weights = probabilities.argmax(0).astype(np.uint8), geometry.weights()
+    counts = np.bincount(answer.ravel(), weights.ravel(), len(labels))
+    unit_area = spacing[0] * spacing[1] if spacing else 1.0
     regions = {
         label: Region(
-            area=round(float((mask == number).sum()) * (spacing[0] * spacing[1] if spacing else 1.0), 3),
+            area=round(float(counts[number]) * unit_area, 3),
             unit="mm2" if spacing else "pixels",
-            confidence=round(float(probabilities[number][answer == number].mean()), 6) if (answer == number).any() else None,
+            confidence=_mean(probabilities[number], weights * (answer == number)) if counts[number] else None,
         )
         for number, label in enumerate(labels)
         if number
     }
-    areas = np.bincount(answer.ravel(), minlength=len(labels))[1:]
+    of_answer = told(probabilities, weights)
     return SegmentedPrediction(
-        label=labels[1 + int(areas.argmax()) if areas.any() else 0],
-        score=told(probabilities)["score"],
-        scores={label: round(float(of_class.mean()), 6) for label, of_class in zip(labels, probabilities, strict=True)},
-        features=features,
+        label=labels[1 + int(counts[1:].argmax()) if counts[1:].any() else 0],
+        score=of_answer["score"],
+        scores={label: _mean(of_class, weights) for label, of_class in zip(labels, probabilities, strict=True)},
+        features={**features, **of_answer},
         regions=regions,
-        mask=encoded(mask),
+        mask=encoded(geometry.restore(answer)),
     )
+
+
+def _mean(values: NDArray[np.float32 | np.bool_], weights: NDArray[np.int64]) -> float:
+    """Of (H, W); 0 where nothing weighs, as of a crop that shows less than a pixel of the image."""
+    return round(float((values * weights).sum() / max(weights.sum(), 1)), 6)
 
 
 def encoded(mask: Mask) -> str:
@@ -65,4 +72,9 @@ def encoded(mask: Mask) -> str:
 
 def mask_of(prediction: SegmentedPrediction) -> Mask:
     """The mask of an answer, (rows, columns)."""
-    return np.asarray(cv2.imdecode(np.frombuffer(base64.b64decode(prediction.mask), np.uint8), cv2.IMREAD_GRAYSCALE), np.uint8)
+    return decoded(prediction.mask)
+
+
+def decoded(text: str) -> Mask:
+    """What :func:`encoded` was given; of another text a ValueError or TypeError."""
+    return np.asarray(cv2.imdecode(np.frombuffer(base64.b64decode(text), np.uint8), cv2.IMREAD_GRAYSCALE), np.uint8)

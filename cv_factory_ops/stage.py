@@ -54,6 +54,9 @@ class Spec:
     """``module:function`` that digests what it reads from outside the run, taking the :class:`Stage`."""
     cleanup: str = ""
     """``module:function`` that is called with the :class:`Stage` once its result is published."""
+    undo: str = ""
+    """``module:function`` that is called with the :class:`Stage` and the error where the stage fails for good, so that a retry
+    would change nothing; it returns what it did, for the message."""
     resumes: bool = False
     """Whether the private folder of an interrupted try is kept, for a next one with the same inputs to go on from."""
     grace_seconds: float = 0
@@ -126,6 +129,7 @@ STAGES = {
         ("register", "deploy"),
         ("deploy",),
         "stage:now",
+        undo="deploy.verify:put_back",
     ),
     "evidence": Spec(
         "evaluation.evidence:run",
@@ -133,13 +137,15 @@ STAGES = {
         ("ingest", "preprocess", "train", "evaluate", "gate", "register", "verify"),
         tuple(ProjectConfig.model_fields),
         "evaluation.evidence:fingerprint",
+        undo="deploy.verify:put_back",
     ),
     "promote": Spec(
-        "promotion:promote",
+        "deploy.verify:promote",
         "move the alias champion",
         ("ingest", "evaluate", "gate", "register", "verify", "evidence"),
-        ("mlflow",),
+        ("deploy", "mlflow"),
         "stage:now",
+        undo="deploy.verify:put_back",
     ),
     "drift": Spec(
         "drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow"), "drift.window:fingerprint"
@@ -257,7 +263,7 @@ def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False
 def _result(name: str, config: ProjectConfig, run: str, force: bool, order: Order | None) -> Result:
     spec = STAGES[name]
     stage = Stage(name, config, run, _workspace(run), order)
-    with _alone(stage):
+    with _alone(stage), _undone(stage, spec):
         digest = _inputs_digest(stage, spec)
         if not force and (stored := _stored(stage, digest)):
             log.info("%s: nothing has changed: %s", name, stored.record["summary"])
@@ -353,6 +359,17 @@ def _alone(stage: Stage) -> Iterator[None]:
             log.info("%s: already running for this run; waiting for it", stage.name)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _undone(stage: Stage, spec: Spec) -> Iterator[None]:
+    """Undo what the stage's failure would leave half done, and say so."""
+    try:
+        yield
+    except (ConfigError, DataError, GateRefused) as error:
+        if spec.undo and (told := _function(spec.undo)(stage, error)):
+            error.args = (f"{error}; {told}",)
+        raise
 
 
 def _inputs_digest(stage: Stage, spec: Spec) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from confluent_kafka import Message
 
 from cv_factory_ops import storage
-from cv_factory_ops.batch import Outcome, Studies, Study, answered, champion_of
+from cv_factory_ops.batch import BATCH, Outcome, Studies, Study, answered, champion_of
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import ProjectConfig, StreamConfig, home
 from cv_factory_ops.errors import ConfigError, Rejected, Unavailable
@@ -33,6 +33,8 @@ log = logging.getLogger("cvf")
 
 SAID_SECONDS = 60
 """Time between two lines of the log that say how many were answered."""
+GATHERED_BYTES = 64 << 20
+"""Bytes of messages with which a batch is full: with ``BATCH``, bounds memory."""
 IDLE_SECONDS = 0.5
 """How long it may take, while nothing comes, to notice that it is to stop."""
 Read = Callable[[Iterable[Item | Refusal]], Iterator[Study | Refusal]]
@@ -46,11 +48,15 @@ def run(config: ProjectConfig) -> None:
         DataError: there is no champion.
         Unavailable: answers cannot be delivered; what is not committed comes again.
     """
-    if config.stream is None:
+    if (settings := config.stream) is None:
         raise ConfigError("stream: is missing in the project; it names the topics that are read and written")
+    interval = {"max.poll.interval.ms": round(60_000 * settings.answer_minutes)}
     with _stopping() as stop:
-        while not stop.is_set():
-            _Stream(config, config.stream, champion_of(config), stop).run()
+        turn = _Turn(config, settings, champion_of(config), stop)  # before it joins: partitions wait for nothing
+        with Publisher(settings.sink) as publisher, Member(settings.source, interval) as member:
+            turn.run(member, publisher)
+            while not stop.is_set():
+                _Turn(config, settings, champion_of(config), stop).run(member, publisher)
 
 
 @contextmanager
@@ -69,7 +75,7 @@ def _stopping() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class _Stream:
+class _Turn:
     """One champion's turn."""
 
     def __init__(self, config: ProjectConfig, settings: StreamConfig, champion: Champion, stop: threading.Event) -> None:
@@ -79,29 +85,29 @@ class _Stream:
         self._asked = self._said = time.monotonic()
         self._answered = self._refused = 0
 
-    def run(self) -> None:
+    def run(self, member: Member, publisher: Publisher) -> None:
         """Until it is to stop, or there is another champion."""
         settings = (self._config.domain, self._predictor.manifest.decoding)
-        validation, workers = self._config.data.validation, self._config.data.workers
-        with reading(Studies, settings, validation, workers) as read, Publisher(self._settings.sink) as publisher:
-            with Member(self._settings.source) as member:
-                log.info("stream: version %d answers topic %s", self._champion.version, self._settings.source.topic)
-                while not self._stop.is_set() and not self._is_outdated():
-                    if messages := self._gathered(member):
-                        self._answer(messages, read, member, publisher)
-                    self._say()
+        with reading(Studies, settings, self._config.data.validation, self._config.data.workers) as read:
+            log.info("stream: version %d answers topic %s", self._champion.version, self._settings.source.topic)
+            while not self._stop.is_set() and not self._is_outdated():
+                if messages := self._gathered(member):
+                    self._answer(messages, read, member, publisher)
+                self._say()
         self._say(at_once=True)
 
     def _gathered(self, member: Member) -> list[Message]:
         """Up to a batch of messages, the first of which waits no longer than it may; none where nothing comes."""
-        messages: list[Message] = []
+        messages, size = list[Message](), 0
+        most = min(self._settings.source.batch, BATCH)
         end = time.monotonic() + IDLE_SECONDS
-        while len(messages) < self._settings.source.batch and not self._stop.is_set():
+        while len(messages) < most and size < GATHERED_BYTES and not self._stop.is_set():
             message = member.poll(max(0.0, end - time.monotonic()))
             if message is not None and not message.error():
                 if not messages:
                     end = time.monotonic() + self._settings.wait
                 messages.append(message)
+                size += len(message)
             elif time.monotonic() >= end:
                 break
         return messages

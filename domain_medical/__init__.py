@@ -100,10 +100,10 @@ class Medical:
 
         return segmentation(study, mask, labels, software)
 
-    def read_mask(self, data: bytes) -> NDArray[np.uint8]:
+    def read_mask(self, data: bytes, labels: Sequence[str], instance: str) -> NDArray[np.uint8]:
         from domain_medical.segmentation import read_mask
 
-        return read_mask(data)
+        return read_mask(data, labels, instance)
 
     def generate(
         self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str], masks: bool = False

@@ -18,7 +18,7 @@ from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
 
 from cv_factory_ops.errors import Rejected
 from domain_medical.deidentify import require_deidentified
-from domain_medical.dicom import read, silence_warnings, text
+from domain_medical.dicom import read, remapped_uid, silence_warnings, text
 from domain_medical.secondary_capture import MANUFACTURER, SERIES_NUMBER, belong, uid, written
 
 DESCRIPTION = "Segmentation by a model"
@@ -104,11 +104,15 @@ def _described(number: int, label: str, software: Sequence[str]) -> SegmentDescr
     )
 
 
-def read_mask(data: bytes) -> NDArray[np.uint8]:
-    """(rows, columns) the number of each pixel's segment, 0 of none, of a DICOM Segmentation of one image.
+def read_mask(data: bytes, labels: Sequence[str], instance: str) -> NDArray[np.uint8]:
+    """(rows, columns) each pixel's class as an index into ``labels``, 0 of none, of a DICOM Segmentation of one image.
+
+    Segments are numbered as their maker liked: their labels say which class they are. The image is compared with ``instance``
+    by its UID or by the pseudonym of that, as either may be de-identified; not at all where ``instance`` is empty.
 
     Raises:
-        Rejected: ``undecodable``, ``frames``: it is of several images; ``overlap``: segments share pixels.
+        Rejected: ``undecodable``, ``frames``: it is of several images; ``mask_image``: of another; ``mask_class``: a segment's
+            label is none of ``labels``; ``overlap``: segments share pixels.
     """
     silence_warnings()
     try:
@@ -120,11 +124,18 @@ def read_mask(data: bytes) -> NDArray[np.uint8]:
         raise Rejected("undecodable", "is not a usable DICOM Segmentation") from None
     if len(sources) != 1:
         raise Rejected("frames", f"is a segmentation of {len(sources)} images; allowed is one")
+    if instance and instance not in (sources[0][2], remapped_uid(sources[0][2])):
+        raise Rejected("mask_image", "is a segmentation of another image")
+    names = [label[:64] for label in labels]  # as many characters as a SegmentLabel holds
+    segments = {number: found.get_segment_description(number).segment_label for number in found.segment_numbers}
+    if not set(segments.values()) <= set(names):
+        raise Rejected("mask_class", f"has a segment whose label is none of: {', '.join(labels)}")
     try:
         masks = found.get_pixels_by_source_instance(
             [sources[0][2]], combine_segments=True, assert_missing_frames_are_empty=True, ignore_spatial_locations=True
         )
-    except RuntimeError:
-        raise Rejected("overlap", "has segments that share pixels; a mask gives each pixel one class") from None
-    mask: NDArray[np.uint8] = masks[0].astype(np.uint8)
-    return mask
+    except (RuntimeError, ValueError):
+        raise Rejected("overlap", "has segments that share pixels, or shares of them; a mask gives each one class") from None
+    classes = np.zeros(max(segments) + 1, np.uint8)
+    classes[list(segments)] = [names.index(label) for label in segments.values()]
+    return np.asarray(classes[masks[0]], np.uint8)

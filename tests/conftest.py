@@ -51,8 +51,14 @@ def project(home: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny project's run with ``ingest`` and ``preprocess`` done, in the folder ``run`` of a home with an empty MLflow."""
+    """See :func:`prepare`."""
     home = tmp_path_factory.mktemp("prepared")
+    prepare(home)
+    return home
+
+
+def prepare(home: Path) -> None:
+    """The tiny project's run with ``ingest`` and ``preprocess`` done, in the folder ``run`` of a home with an empty MLflow."""
     (home / "project.yaml").write_text(yaml.safe_dump(TINY))
     environment = {**os.environ, "CVF_HOME": str(home), "CVF_PSEUDONYM_KEY": "a key for tests"}
     for stage in ("ingest", "preprocess"):
@@ -60,7 +66,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(command, check=True, env=environment, capture_output=True)
     code = f"from cv_factory_ops import config, registry; registry.connect(config.load({str(home / 'project.yaml')!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
-    return home
 
 
 @pytest.fixture

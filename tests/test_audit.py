@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_factory_ops import audit, storage
+from cv_factory_ops import audit, promotion, registry, storage
 from cv_factory_ops.audit import Aliases, Change, append, entries, verify
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.errors import DataError
@@ -193,7 +193,7 @@ def test_the_loser_of_a_race_thinks_again(config: ProjectConfig) -> None:
 
 
 def test_audit_commands_need_no_mlflow(config: ProjectConfig, home: Path) -> None:
-    assert cvf(home, "audit", "verify").stdout == "0 entries, unbroken\n"
+    assert cvf(home, "audit", "verify").stdout == f"0 entries, unbroken, nothing lies in {config.root}/audit\n"
     entry = [promote(config, version) for version in (1, 2)][-1]
     assert entry is not None
     checked = cvf(home, "audit", "verify", "--holds", entry.digest)
@@ -213,3 +213,148 @@ def test_a_reason_cannot_pass_for_an_entry(config: ProjectConfig) -> None:
     forged = change(1, {}).model_copy(update={"why": "fine\n2   2026-01-01 promotion", "override": "an\nexpert"})
     append(config, {}, lambda _: forged)
     assert len(audit.table(list(entries(config))).splitlines()) == 2
+
+
+FIRST_FORMAT = {
+    "entry": {
+        "number": 1,
+        "time": "2026-01-02T03:04:05.678901Z",
+        "before": {},
+        "change": {
+            "action": "promotion",
+            "who": "run one",
+            "why": "verified",
+            "run": "file:///runs/one",
+            "version": 1,
+            "bundle_digest": "b" * 64,
+            "gate_digest": "a" * 64,
+            "evidence": "",
+            "evidence_digest": "",
+            "override": "",
+            "approval": {
+                "summary": "version 1 was approved by mara",
+                "links": {},
+                "approved": True,
+                "who": "mara",
+                "time": "2026-01-02T03:04:05.678901Z",
+                "note": "gr\u00f6\u00dfer",
+                "bundle_digest": "b" * 64,
+                "gate_digest": "a" * 64,
+            },
+            "aliases": {"champion": 1},
+        },
+        "previous": "0" * 64,
+    },
+    "digest": "65485b5711b27829e516a56f629610f55ed65ce2acc039aeba80f21bec58fb39",
+}
+"""An entry as the first version of this format wrote it, with the digest that it had then."""
+
+
+def test_a_history_of_an_earlier_version_stays_whole(config: ProjectConfig) -> None:
+    storage.write_bytes(f"{config.root}/audit/00000001.json", json.dumps(FIRST_FORMAT, ensure_ascii=False, indent=1).encode())
+    promote(config, 2)
+    first, second = verify(config)
+    assert first.change.approval is not None
+    assert (first.digest, first.change.approval.note) == (FIRST_FORMAT["digest"], "gr\u00f6\u00dfer")
+    assert second.previous == first.digest
+
+
+def test_fields_of_a_later_version_do_not_break_a_history(config: ProjectConfig) -> None:
+    entry = json.loads(json.dumps(FIRST_FORMAT["entry"]))
+    entry["change"]["signature"] = entry["change"]["approval"]["role"] = "new"
+    text = json.dumps(entry, sort_keys=True, separators=(",", ":"))
+    content = {"entry": entry, "digest": hashlib.sha256(text.encode()).hexdigest()}
+    storage.write_bytes(f"{config.root}/audit/00000001.json", json.dumps(content).encode())
+    assert [item.digest for item in verify(config)] == [content["digest"]]
+    edited(files(config)[0], '"signature": "new"', '"signature": "old"')
+    with pytest.raises(DataError, match="entry 1 is broken: it was changed"):
+        verify(config)
+
+
+@pytest.fixture
+def in_mlflow(run: str, config: ProjectConfig) -> ProjectConfig:
+    """Versions 1 to 3 in MLflow; 1 is champion there, without a history."""
+    client = registry.connect(config)
+    client.create_registered_model("tiny")
+    for number in (1, 2, 3):
+        tags = {"bundle": "b", "bundle_digest": "d", "test_digest": "t", registry.RUN_TAG: f"file:///runs/{number}"}
+        client.create_model_version("tiny", run, tags=tags)
+    client.set_registered_model_alias("tiny", "champion", "1")
+    return config
+
+
+def move(config: ProjectConfig, version: int, action: str = "promotion", **aliases: int) -> audit.Entry:
+    """Make a version champion, and other aliases as they are given."""
+    told = change(version, aliases).model_copy(update={"action": action, "run": f"file:///runs/{version}"})
+    entry = registry.move(config, lambda _: told)
+    assert entry is not None
+    registry.connect(config).set_model_version_tag("tiny", str(version), "audit", entry.digest)
+    return entry
+
+
+def test_a_version_deleted_in_mlflow_stops_only_who_asks_for_it(in_mlflow: ProjectConfig) -> None:
+    client = registry.connect(in_mlflow)
+    move(in_mlflow, 2, previous=1, challenger=3)
+    client.set_model_version_tag("tiny", "2", registry.RUN_TAG, "file:///elsewhere")
+    assert registry.run_of(in_mlflow, 2) == "file:///runs/2", "the history knows"
+    client.delete_model_version("tiny", "1")
+    found = registry.champion(in_mlflow)
+    assert found is not None
+    assert found.version == 2
+    client.delete_model_version("tiny", "2")
+    with pytest.raises(DataError, match=r"version 2 of model tiny: is not in MLflow any more; `cvf rollback --to`"):
+        registry.champion(in_mlflow)
+    move(in_mlflow, 3, previous=2)
+    again = registry.champion(in_mlflow)
+    assert again is not None
+    assert again.version == 3, "there is a way out"
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_history_that_lacks_what_mlflow_has_noted_is_not_gone_on_with(in_mlflow: ProjectConfig, left: int) -> None:
+    """Deleted, cut off, or looked for at another place: aliases are not put back, and no second history begins."""
+    for version, before in ((2, 1), (3, 2), (1, 3)):
+        move(in_mlflow, version, previous=before)
+    for path in files(in_mlflow)[left:]:
+        path.unlink()
+    for asked in (lambda: registry.champion(in_mlflow), lambda: move(in_mlflow, 2)):
+        with pytest.raises(DataError, match="cut off or made anew, or `storage` is another"):
+            asked()
+    assert len(list(entries(in_mlflow))) == left
+    client = registry.connect(in_mlflow)
+    assert client.get_model_version_by_alias("tiny", "champion").version == 1
+
+
+def test_a_broken_history_is_not_gone_on_with(in_mlflow: ProjectConfig) -> None:
+    for version in (1, 2, 3):
+        move(in_mlflow, version)
+    edited(files(in_mlflow)[1], "verified", "forged")
+    with pytest.raises(DataError, match="entry 2 is broken"):
+        move(in_mlflow, 1)
+
+
+@pytest.fixture
+def rolled_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The runs whose stages would be run again."""
+    runs: list[str] = []
+    monkeypatch.setattr(promotion, "_run_stages", lambda names, config, run, order: runs.append(run))
+    return runs
+
+
+def test_a_champion_older_than_the_history_can_be_rolled_back_to(in_mlflow: ProjectConfig, rolled_out: list[str]) -> None:
+    move(in_mlflow, 2, previous=1)
+    promotion.rollback(in_mlflow, None, "worse")
+    promotion.rollback(in_mlflow, 1, "worse")
+    assert rolled_out == ["file:///runs/1"] * 2
+
+
+def test_a_second_rollback_without_a_version_goes_to_the_same_one(in_mlflow: ProjectConfig, rolled_out: list[str]) -> None:
+    move(in_mlflow, 2, previous=1)
+    move(in_mlflow, 1, "rollback", previous=2)
+    promotion.rollback(in_mlflow, None, "worse")
+    assert rolled_out == ["file:///runs/1"], "not to version 2, which is `previous` now"
+    move(in_mlflow, 3, previous=1)
+    promotion.rollback(in_mlflow, None, "worse again")
+    assert rolled_out == ["file:///runs/1"] * 2
+    with pytest.raises(DataError, match="--to: 0 given; allowed is a version that has been champion: 1, 2, 3"):
+        promotion.rollback(in_mlflow, 0, "a slip")

@@ -19,7 +19,7 @@ import pytest
 from botocore.httpsession import URLLib3Session
 
 from cv_factory_ops import storage
-from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.bundle import Bundle, pack
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.deploy import shapes
 from cv_factory_ops.deploy.sagemaker import session
@@ -104,6 +104,27 @@ def test_a_rollback_after_the_deploy_stage_is_found_with_its_reason(
     ):
         verify(config, two)
     assert verify(config, one).bundle_digest == pair[0].digest, "what the alias names is what serves"
+
+
+def test_a_model_that_refuses_every_request_does_not_stay(
+    server: Server, local: Project, home: Path, pair: tuple[Bundle, Bundle]
+) -> None:
+    """It is healthy, so the rollout itself succeeds."""
+    config = local()
+    one, two = (registered(home, name, bundle) for name, bundle in zip(("one", "two"), pair, strict=True))
+    first = deploy(config, one)
+    archive = storage.path_of(f"{config.root}/models/{pair[1].digest}/model.tar.gz")
+    assert archive is not None
+    archive.parent.mkdir(parents=True)
+    pack(pair[1].path, archive)
+    name = first.model_name.replace(pair[0].digest[:12], pair[1].digest[:12])
+    server.model(name, archive, Environment={"CVF_STUB_STATUS": "500"})
+    assert deploy(config, two).model_name == name
+    with pytest.raises(DataError, match=rf"the model refused: .*; the endpoint was put back to {first.endpoint_config_name}"):
+        verify(config, two)
+    assert verify(config, one).bundle_digest == pair[0].digest, "what the alias names is what serves"
+    with pytest.raises(DataError, match=r"silent rollback: .*: it was put back: .* UTC, verify: .*the model refused"):
+        verify(config, two)
 
 
 def test_a_rollout_that_takes_too_long_is_joined_by_a_retry(

@@ -11,18 +11,20 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
 
-from cv_factory_ops import audit, storage
+from cv_factory_ops import audit, protocol, registry, storage
 from cv_factory_ops.audit import Change
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.drift.decide import Decision
 from cv_factory_ops.evaluation.evidence import IMPACT, MODIFICATIONS, PROTOCOL, changed_settings, pack
 from cv_factory_ops.records import ApproveRecord, EvidenceRecord, RegisterRecord, VerifyRecord
-from cv_factory_ops.stage import record_digest, run_stage
+from cv_factory_ops.stage import Order, Stage, record_digest, run_stage
+from cv_factory_ops.training import train
 from tests.bundles import write_bundle
 from tests.records import evaluated, gated, put, trained
 
@@ -44,7 +46,9 @@ def finished(run: str, folder: Path, seed: int, champion: int | None = None) -> 
         summary="", endpoint_name="tiny", endpoint_config_name="c", status="InService", bundle_digest=bundle.digest
     )
     for record in (
-        trained(bundle.path.as_uri(), bundle.digest, "0"),
+        trained(bundle.path.as_uri(), bundle.digest, "0").model_copy(
+            update={"links": {"mlflow": "https://cvf:hunter2@host/#"}}
+        ),
         evaluated(run, champion),
         gated(()),
         registered,
@@ -145,6 +149,47 @@ def test_the_protocol_can_be_checked_again(config: ProjectConfig, run: str, home
     again = load(bundle_of(home) / PROTOCOL / "config.yaml")
     assert again.model_copy(update={"mlflow": config.mlflow}) == config
     assert "torch==" in (bundle_of(home) / PROTOCOL / "environment.txt").read_text()
+
+
+def test_the_protocol_is_that_of_the_training_and_of_the_gate(
+    config: ProjectConfig, run: str, home: Path, first: RegisterRecord
+) -> None:
+    """A retraining's overrides are not in the YAML that a later command is given, which runs on another machine."""
+    training = Stage("train", config.with_settings({"training.epochs": 9, "gate.minimum": 0.1}), run, home / "run")
+    shutil.copytree(home / "run" / "bundle", training.out / "bundle")
+    train.record(training, "", **trained("", "", "0").model_dump(exclude={"bundle", "bundle_digest", "links"}))
+    shutil.move(training.out / protocol.FOLDER, home / "run" / "train" / protocol.FOLDER)
+    kept = home / "run" / "train" / protocol.FOLDER
+    (kept / protocol.SOFTWARE).write_text("torch==0.4\n")
+    (kept / protocol.SCHEMA).write_text("{}\n")
+    (kept / protocol.SETTINGS).write_text((kept / protocol.SETTINGS).read_text() + "gone: by now\n")
+    protocol.keep(config.with_settings({"training.epochs": 3, "gate.minimum": 0.2}), home / "run" / "gate" / protocol.FOLDER)
+    evidence(config, run)
+    told = yaml.safe_load((bundle_of(home) / PROTOCOL / "config.yaml").read_text())
+    assert (told["training"]["epochs"], told["gate"]["minimum"], told["gone"]) == (9, 0.2, "by now")
+    assert told["mlflow"]["tracking_uri"] == "postgresql://***@db/mlflow"
+    assert (bundle_of(home) / PROTOCOL / "environment.txt").read_text() == "torch==0.4\n"
+    assert (bundle_of(home) / PROTOCOL / "schema.json").read_text() == "{}\n"
+
+
+def test_by_hand_the_evidence_of_the_same_verdict_is_kept(
+    config: ProjectConfig, run: str, home: Path, first: RegisterRecord
+) -> None:
+    made, order = evidence(config, run), Order("rollback", "mara", "worse")
+    page = (bundle_of(home) / "index.html").read_bytes()
+    decided(config, first.bundle_digest, 6)
+    promoted(config, run, first)
+    changed = config.with_settings({"training.epochs": 9})
+    assert EvidenceRecord.model_validate(run_stage("evidence", changed, run, order=order).record) == made
+    assert (bundle_of(home) / "index.html").read_bytes() == page
+    put(run, gated(()).model_copy(update={"summary": "auc 0.850"}))
+    assert EvidenceRecord.model_validate(run_stage("evidence", changed, run, order=order).record) != made
+
+
+def test_a_link_to_mlflow_names_no_login() -> None:
+    run = SimpleNamespace(info=SimpleNamespace(experiment_id="1"))
+    client = SimpleNamespace(tracking_uri="https://cvf:hunter@2@mlflow.example/base", get_run=lambda run_id: run)
+    assert registry.run_page(client, "7") == "https://mlflow.example/base/#/experiments/1/runs/7"  # type: ignore[arg-type]
 
 
 def test_neither_patients_nor_passwords_are_in_it(config: ProjectConfig, run: str, home: Path, first: RegisterRecord) -> None:

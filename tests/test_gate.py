@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import recall_score, roc_auc_score
 
-from cv_factory_ops import registry
+from cv_factory_ops import registry, storage
 from cv_factory_ops.config import EvaluationConfig, GateConfig, SubgroupRule, load
 from cv_factory_ops.domain import open_domain
 from cv_factory_ops.evaluation.bootstrap import Judged
@@ -212,6 +212,20 @@ def test_what_the_champion_was_trained_on_is_asked_too(gate: Stage, home: Path) 
     assert found["test patients the champion trained on"].passed
     (lost,) = [row for row in told(gate, champion=2).values() if row.passed is None]
     assert lost.reason == "not judged: the training data of version 2 cannot be read: its run is not there any more"
+
+
+def test_of_shards_on_s3_only_the_tables_are_fetched(gate: Stage, home: Path, bucket: str) -> None:
+    run = f"s3://{bucket}/run"
+    for name in ("ingest/result.json", "preprocess/result.json"):
+        storage.upload_file(home / "run" / name, f"{run}/{name}")
+    storage.upload_tree(home / "run" / "preprocess", f"{run}/preprocess")
+    client = registry.connect(gate.config)
+    client.create_registered_model("tiny")
+    client.create_model_version("tiny", run, tags={registry.RUN_TAG: run})
+    found = told(Stage("gate", gate.config, run, home / "work"), champion=1)
+    assert [row.passed for row in found.values()] == [True] * 5
+    fetched = {path.name for path in (home / "work").rglob("*") if path.is_file()}
+    assert fetched == {"shards.json", "test.parquet", "train.parquet", "val.parquet"}
 
 
 def test_the_picture_shows_every_interval_against_its_limit(project: Callable[..., Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import io
 import json
 import logging
@@ -9,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -43,12 +45,14 @@ from starlette.testclient import TestClient
 from cv_factory_ops import captures
 from cv_factory_ops.answers import ExplainedPrediction, Prediction
 from cv_factory_ops.bundle import pack
+from cv_factory_ops.cli import main
 from cv_factory_ops.config import ApiKeys, ProjectConfig
 from cv_factory_ops.domain import Decoded
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.gateway.app import create_app
-from cv_factory_ops.gateway.endpoint import Breaker, RetryBudget
-from cv_factory_ops.gateway.keys import make_key
+from cv_factory_ops.gateway.endpoint import Breaker, Endpoint, RetryBudget
+from cv_factory_ops.gateway.keys import KEY, make_key
+from cv_factory_ops.gateway.metrics import Metrics
 from cv_factory_ops.gateway.refused import NoAnswer, Refused
 from cv_factory_ops.ingestion.manifest import read_manifest
 from cv_factory_ops.predictor import Predictor
@@ -68,7 +72,8 @@ class Served:
     def __init__(self, folder: Path) -> None:
         self.folder, self.url = folder, f"http://127.0.0.1:{free_port()}"
         self.bundle = write_bundle(folder / "bundle", seed=1)
-        self.process = start_cvf("endpoint", "--state", str(folder / "state"), "--port", self.url[17:], folder=folder)
+        where = ("--state", str(folder / "state"), "--port", self.url[17:], "--files", str(folder))
+        self.process = start_cvf("endpoint", *where, folder=folder)
         wait_until(lambda: self.process.poll() is not None or is_up(f"{self.url}/ping"))
         pack(self.bundle.path, folder / "model.tar.gz")
         keys = {"region_name": "us-east-1", "aws_access_key_id": "x", "aws_secret_access_key": "x"}
@@ -106,26 +111,32 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     found.process.wait(30)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gateway(served: Served) -> Iterator[Callable[..., TestClient]]:
-    """A gateway in this process with the given settings."""
-    with_lifespan: list[TestClient] = []
+    """A gateway in this process with the given settings; the same one for the same settings."""
+    made: dict[str, TestClient] = {}
+    with ExitStack() as stack:
 
-    def make(**options: Any) -> TestClient:
-        client = TestClient(create_app(served.config(**options)))
-        with_lifespan.append(client.__enter__())
-        return client
+        def make(**options: Any) -> TestClient:
+            name = json.dumps(options, sort_keys=True)
+            if name not in made:
+                made[name] = stack.enter_context(TestClient(create_app(served.config(**options))))
+            return made[name]
 
-    yield make
-    for client in with_lifespan:
-        client.__exit__(None, None, None)
+        yield make
 
 
 @pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[TestClient]:
+def client(gateway: Callable[..., TestClient]) -> TestClient:
     """A gateway that anybody may ask."""
-    with TestClient(create_app(served.config())) as connected:
-        yield connected
+    return gateway()
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[ApiKeys, str]:
+    """A file of keys, and the only key in it."""
+    access = ApiKeys(file=str(tmp_path_factory.mktemp("keys") / "keys"))
+    return access, make_key(access, "one")
 
 
 def is_up(url: str) -> bool:
@@ -156,6 +167,13 @@ def clean(study: bytes) -> bytes:
 def picture(kind: str) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.rint(IMAGE * 255).astype(np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A picture of more pixels than Pillow itself takes."""
+    file = io.BytesIO()
+    Image.new("1", (14_000, 14_000)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -207,10 +225,10 @@ class TestPredict:
         assert response.json()["answers"][0]["prediction"] == alone
 
     def test_an_explanation_comes_as_json_or_beside_the_study(self, client: TestClient) -> None:
-        answered = post(client, npy(), "application/x-npy", "/explain?method=lime")
+        answered = post(client, npy(), "application/x-npy", "/explain?method=integrated_gradients")
         assert answered.status_code == 200, answered.text
         reason = ExplainedPrediction.model_validate(answered.json()["prediction"]).explanation
-        assert reason.method == "lime"
+        assert reason.method == "integrated_gradients"
         study = clean(dicom())
         drawn = post(client, study, "application/dicom", "/explain", accept="application/dicom")
         assert drawn.headers["content-type"] == "application/dicom"
@@ -254,6 +272,7 @@ class TestRefusals:
             ({"max_bytes": 100}, npy(), "application/x-npy", 413, "too_large"),
             ({"max_pixels": 479}, npy(), "application/x-npy", 413, "too_large"),
             ({"max_pixels": 479}, png(), "image/png", 413, "too_large"),
+            ({}, bomb(), "image/png", 413, "too_large"),
             ({}, b"1,2", "text/csv", 415, "content_type"),
             ({}, b"", "image/png", 400, "undecodable"),
             ({}, png()[:60], "image/png", 400, "truncated"),
@@ -289,11 +308,15 @@ class TestRefusals:
 class TestKeys:
     def test_a_key_lets_in_and_its_line_can_be_taken_away(self, gateway: Callable[..., TestClient], home: Path) -> None:
         keys = ApiKeys(file=str(home / "keys"))
-        one, two = make_key(keys, "one"), make_key(keys, "two")
+        one = make_key(keys, "one")
+        (home / "keys").write_text((home / "keys").read_text().rstrip("\n"))  # as some editors leave it
+        two = make_key(keys, "two")
         client = gateway(access=keys.model_dump())
         for key in (one, two, one):
             assert post(client, npy(), "application/x-npy", **{"X-API-Key": key}).status_code == 200
-        assert one.rpartition("_")[2] not in (home / "keys").read_text()
+        assert one.removeprefix("cvf_one_") not in (home / "keys").read_text()
+        kept = json.loads((home / "keys").read_text().splitlines()[0])
+        assert kept["digest"] == hashlib.sha256(bytes.fromhex(kept["salt"]) + one.encode()).hexdigest()
         assert (home / "keys").stat().st_mode & 0o077 == 0
         _, second = (home / "keys").read_text().splitlines()
         (home / "keys").write_text(second + "\n")
@@ -303,13 +326,15 @@ class TestKeys:
         assert post(client, npy(), "application/x-npy", **{"X-API-Key": two}).status_code == 401
 
     @pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/explain", "/feedback"])
-    def test_without_a_right_key_nobody_is_let_in(self, gateway: Callable[..., TestClient], home: Path, path: str) -> None:
-        keys = ApiKeys(file=str(home / "keys"))
-        right = make_key(keys, "one")
-        client = gateway(access=keys.model_dump())
+    def test_without_a_right_key_nobody_is_let_in_whatever_the_body(
+        self, gateway: Callable[..., TestClient], keys: tuple[ApiKeys, str], path: str
+    ) -> None:
+        access, right = keys
+        client = gateway(access=access.model_dump())
         other = right[:-1] + ("A" if right[-1] != "A" else "B")
         for shown in ("", other, right.replace("cvf_one", "cvf_two"), right + "x", "\u00e9"):
-            response = client.post(path, headers={"X-API-Key": shown.encode()})
+            headers = {"X-API-Key": shown.encode(), "content-type": b"application/json"}
+            response = client.post(path, content=b"{", headers=headers)
             assert (response.status_code, response.json()["code"]) == (401, "unauthorised"), shown
         assert client.get("/healthz").status_code == 200
 
@@ -409,8 +434,10 @@ class TestLimits:
         assert refused.json()["code"] == "rate"
         assert 3500 < int(refused.headers["retry-after"]) <= 3600
         files = [("files", ("x", png(), "image/png"))] * 4
-        assert client.post("/predict/batch", files=files, headers=two).status_code == 429
-        assert client.post("/predict/batch", files=files[:2], headers=two).status_code == 200
+        never = client.post("/predict/batch", files=files, headers=two)
+        assert (never.status_code, never.json()["code"]) == (413, "too_many")
+        assert client.post("/predict/batch", files=files[:3], headers=two).status_code == 429
+        assert client.post("/predict/batch", files=files[:1], headers=two).status_code == 200
         assert client.get("/healthz").status_code == 200
 
     def test_addresses_of_storages_hold_no_password(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,23 +450,51 @@ class TestLimits:
             assert "s3cret" not in str(failure.value)
 
     def test_there_is_room_for_so_many_requests(self, served: Served) -> None:
-        gate = threading.Event()
-        entered = threading.Event()
-
-        def slow(_: bytes) -> tuple[int, dict[str, str], bytes]:
-            entered.set()
-            gate.wait(30)
-            return 200, {"Content-Type": "application/json"}, b"{}"
-
-        with answering(slow) as url, asked_at(url, served, in_flight=1) as client:
+        with slow_endpoint() as (url, entered, gate), asked_at(url, served, in_flight=1) as client:
             waiting = threading.Thread(target=post, args=(client, npy(), "application/x-npy"))
             waiting.start()
             assert entered.wait(30)
             busy = post(client, npy(), "application/x-npy")
             assert (busy.status_code, busy.json()["code"]) == (503, "busy")
-            assert client.get("/healthz").status_code == 200
+            for path in ("/healthz", "/readyz"):
+                assert client.get(path).status_code == 200
+            assert waiting.is_alive(), "neither waits behind the model"
             gate.set()
             waiting.join()
+
+    def test_there_is_room_for_so_many_bytes_of_batches(self, served: Served) -> None:
+        files = [("files", ("x", npy(), "application/x-npy"))] * 3
+        room: dict[str, Any] = {"max_batch_bytes": 4 * len(npy()), "batches_bytes": 4 * len(npy())}
+        with slow_endpoint() as (url, entered, gate), asked_at(url, served, **room) as client:
+            waiting = threading.Thread(target=client.post, args=("/predict/batch",), kwargs={"files": files})
+            waiting.start()
+            assert entered.wait(30)
+            busy = client.post("/predict/batch", files=files)
+            assert (busy.status_code, busy.json()["code"], busy.headers["retry-after"]) == (503, "busy", "1")
+            gate.set()
+            waiting.join()
+            assert client.post("/predict/batch", files=files).status_code == 200
+        with pytest.raises(ValueError, match="batches_bytes of at least max_batch_bytes"):
+            served.config(batches_bytes=1)
+
+    def test_tries_wait_for_room_before_they_look_at_the_circuit(self, served: Served) -> None:
+        files = [("files", ("x", npy(), "application/x-npy"))] * 4
+        endpoint = answering(lambda _: failing("InternalFailure", 500))
+        with endpoint as url, asked_at(url, served, in_flight=1, attempts=1, failures=1) as client:
+            assert client.post("/predict/batch", files=files).json()["code"] == "unavailable"
+        assert endpoint.asked == 1
+
+    def test_a_try_that_finds_no_room_in_time_is_refused(self, served: Served) -> None:
+        endpoint = Endpoint(served.config(in_flight=1, timeout=0.05), Metrics())
+
+        async def ask() -> None:
+            async with endpoint._places:
+                await endpoint.invoke(npy(), "application/x-npy", "id", "application/json")
+
+        with pytest.raises(Refused, match="keep the endpoint busy") as refused:
+            asyncio.run(ask())
+        endpoint.close()
+        assert (refused.value.status, refused.value.code) == (503, "busy")
 
 
 class answering:
@@ -447,17 +502,17 @@ class answering:
 
     def __init__(self, answer: Callable[[bytes], tuple[int, dict[str, str], bytes]]) -> None:
         outer = self
-        self.asked = 0
+        self.answer, self.asked = answer, 0
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
                 if self.path == "/ping" or self.headers.get("x-amz-target"):
-                    status, headers, body = 200, {}, b'{"endpoints": {}}'
+                    status, headers, body = 200, {}, b'{"endpoints": {}, "EndpointStatus": "InService"}'
                 else:
                     outer.asked += 1
-                    status, headers, body = answer(self.rfile.read(int(self.headers.get("content-length", 0))))
+                    status, headers, body = outer.answer(self.rfile.read(int(self.headers.get("content-length", 0))))
                 self.send_response(status)
                 for name, told in headers.items():
                     self.send_header(name, told)
@@ -484,6 +539,20 @@ class answering:
         self._server.server_close()
 
 
+@contextmanager
+def slow_endpoint() -> Iterator[tuple[str, threading.Event, threading.Event]]:
+    """Its address, an event that a request sets that has reached it, and one on which its answers wait."""
+    entered, gate = threading.Event(), threading.Event()
+
+    def slow(_: bytes) -> tuple[int, dict[str, str], bytes]:
+        entered.set()
+        gate.wait(30)
+        return GOOD
+
+    with answering(slow) as url:
+        yield url, entered, gate
+
+
 def asked_at(url: str, served: Served, **options: Any) -> TestClient:
     """A gateway before another server than the local endpoint."""
     tree = served.tree(**options) | {"deploy": {"kind": "local", "url": url}}
@@ -503,6 +572,14 @@ ANSWER = json.dumps(
     }
 ).encode()
 GOOD = (200, {"Content-Type": "application/json"}, ANSWER)
+
+
+@pytest.fixture(scope="module")
+def troubled(served: Served) -> Iterator[tuple[answering, TestClient]]:
+    """An endpoint whose answers a test gives, and a gateway before it, which gives up on nothing for long."""
+    endpoint = answering(lambda _: GOOD)
+    with endpoint as url, asked_at(url, served, failures=1000, retry_share=1) as client:
+        yield endpoint, client
 
 
 class TestEndpointInTrouble:
@@ -526,28 +603,37 @@ class TestEndpointInTrouble:
         ],
     )
     def test_each_trouble_has_its_answer(
-        self, served: Served, caplog: pytest.LogCaptureFixture, trouble: tuple[Any, ...], status: int, code: str, tries: int
+        self,
+        troubled: tuple[answering, TestClient],
+        caplog: pytest.LogCaptureFixture,
+        trouble: tuple[Any, ...],
+        status: int,
+        code: str,
+        tries: int,
     ) -> None:
-        endpoint = answering(lambda _: trouble)
-        with endpoint as url, asked_at(url, served) as client, caplog.at_level(logging.DEBUG, "cvf"):
+        endpoint, client = troubled
+        endpoint.answer, before = lambda _: trouble, endpoint.asked
+        with caplog.at_level(logging.DEBUG, "cvf"):
             response = post(client, npy(), "application/x-npy")
             told = response.text + caplog.text + client.get("/metrics").text
         assert (response.status_code, response.json()["code"]) == (status, code)
-        assert endpoint.asked == tries
+        assert response.headers.get("retry-after") == ("1" if status == 503 else None)
+        assert endpoint.asked == before + tries
         assert "Curie" not in told
 
-    def test_a_passing_trouble_is_not_noticed(self, served: Served) -> None:
+    def test_a_passing_trouble_is_not_noticed(self, troubled: tuple[answering, TestClient]) -> None:
+        endpoint, client = troubled
         answers = iter([failing("ServiceUnavailable", 503), failing("ThrottlingException", 429), GOOD])
-        with answering(lambda _: next(answers)) as url, asked_at(url, served) as client:
-            assert post(client, npy(), "application/x-npy").status_code == 200
-            assert value(client, "cvf_gateway_retries_total") == 2
+        endpoint.answer, before = lambda _: next(answers), value(client, "cvf_gateway_retries_total")
+        assert post(client, npy(), "application/x-npy").status_code == 200
+        assert value(client, "cvf_gateway_retries_total") == before + 2
 
     def test_retries_have_a_budget(self, served: Served) -> None:
         endpoint = answering(lambda _: failing("ThrottlingException", 429))
         with endpoint as url, asked_at(url, served, retry_share=0.1) as client:
-            for _ in range(30):
+            for _ in range(15):
                 post(client, npy(), "application/x-npy")
-        assert endpoint.asked <= 30 + RetryBudget.MOST + 30 * 0.1
+        assert endpoint.asked <= 15 + RetryBudget.MOST + 15 * 0.1
 
     def test_an_endpoint_that_is_not_there_is_left_alone_and_found_again(self, served: Served) -> None:
         good = threading.Event()
@@ -555,6 +641,7 @@ class TestEndpointInTrouble:
         with endpoint as url, asked_at(url, served, failures=3, open_seconds=0.5, attempts=1) as client:
             codes = [post(client, npy(), "application/x-npy").json()["code"] for _ in range(6)]
             assert codes == ["unavailable"] * 3 + ["circuit_open"] * 3
+            assert post(client, npy(), "application/x-npy").headers["retry-after"] == "1"
             assert endpoint.asked == 3
             assert value(client, "cvf_gateway_circuit_state") == 2
             assert client.get("/readyz").status_code == 503
@@ -608,7 +695,8 @@ class TestFeedback:
         assert client.post("/feedback", json={"labels": dict.fromkeys(ids, "normal")}).json() == {"stored": 2}
         assert client.post("/feedback", json={"labels": {ids[0]: "opacity"}}).json() == {"stored": 1}
         wait_until(lambda: set(ids) <= {item.inference_id for item in captures.read(served.config())})
-        tree = served.tree() | {"data": TINY["data"] | {"include_captures": True}}
+        source = TINY["data"]["source"] | {"patients": 12}
+        tree = served.tree() | {"data": {"source": source, "workers": 1, "include_captures": True}}
         run_stage("ingest", ProjectConfig.model_validate(tree), (home / "run").as_uri())
         manifest = read_manifest(home / "run" / "ingest").set_index("id")
         found = {name: manifest.loc[f"capture-{name}", "label"] for name in ids}
@@ -632,6 +720,10 @@ class TestFeedback:
         assert (response.status_code, response.json()["code"]) == (status, code)
         assert "Curie" not in response.text
         assert "tumour" not in response.text
+
+    def test_a_body_of_another_kind_or_without_end_is_refused(self, client: TestClient) -> None:
+        assert post(client, b" " * ((1 << 20) + 1), "application/json", "/feedback").status_code == 413
+        assert post(client, b'{"labels": {"a": "normal"}}', "text/plain", "/feedback").status_code == 415
 
     def test_a_storage_that_does_not_take_it_is_told_without_its_place(self, served: Served, home: Path) -> None:
         (home / "file").write_text("no folder")
@@ -680,6 +772,30 @@ class TestTelling:
         assert "ValueError: Cur" not in caplog.text
         assert "Cur" not in response.text
 
+    def test_a_sender_that_hangs_up_is_no_error_of_ours(self, client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+        messages = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(_: Any) -> None:
+            pytest.fail("nobody is there to read an answer")
+
+        scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
+        with caplog.at_level(logging.INFO, LOG):
+            asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+        [line] = [record for record in caplog.records if record.name == LOG]
+        assert line.levelno == logging.INFO
+        assert "/predict 499 hung_up" in line.getMessage()
+
+    def test_who_asks_without_a_key_is_logged_by_a_pseudonym(
+        self, client: TestClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO, LOG):
+            post(client, b"", "image/png")
+        assert "open-" in caplog.text
+        assert "testclient" not in caplog.text, "the address that it comes from"
+
     def test_a_request_has_an_id_which_the_sender_may_give(self, client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
         given = "4bf92f35-77b3-4da6-a3ce-929d0e0e4736"
         with caplog.at_level(logging.INFO, LOG):
@@ -690,7 +806,7 @@ class TestTelling:
         assert len(made) == 2
 
     def test_metrics_tell_latencies_errors_and_who_is_in_hand(self, gateway: Callable[..., TestClient]) -> None:
-        client = gateway()
+        client = gateway(rate="1000/second")  # its own
         for content in (npy(), npy(), b"x"):
             post(client, content, "application/x-npy")
         assert value(client, "cvf_gateway_request_seconds_count", route="/predict", status="200") == 2
@@ -718,10 +834,9 @@ for kind, content in IMAGES.items():
 
 
 @pytest.fixture
-def api(served: Served, home: Path) -> Any:
-    keys = ApiKeys(file=str(home / "keys"))
-    key = make_key(keys, "schemathesis")
-    found = schemathesis.openapi.from_asgi("/openapi.json", create_app(served.config(access=keys.model_dump())))
+def api(served: Served, keys: tuple[ApiKeys, str]) -> Any:
+    access, key = keys
+    found = schemathesis.openapi.from_asgi("/openapi.json", create_app(served.config(access=access.model_dump())))
     found.config.update(headers={"X-API-Key": key})
     return found
 
@@ -756,10 +871,12 @@ def test_every_answer_is_as_the_openapi_document_says(api: Any, mode: Generation
         assert answered.keys() == {"/predict", "/predict/batch", "/explain", "/feedback", "/healthz", "/readyz", "/metrics"}
 
 
-def test_the_command_serves_until_sigterm_and_finishes_what_is_in_hand(served: Served, tmp_path: Path) -> None:
+def test_the_commands_make_a_key_and_serve_until_sigterm(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "project.yaml").write_text(yaml.safe_dump(served.tree(access={"kind": "api_keys"})))
-    made = start_cvf("gateway-key", "--config", str(tmp_path / "project.yaml"), "one", folder=tmp_path)
-    assert made.wait(60) == 0
+    assert main(["gateway-key", "--config", str(tmp_path / "project.yaml"), "one"]) == 0
+    assert KEY.fullmatch(capsys.readouterr().out.strip())
     port = free_port()
     process = start_cvf("gateway", "--config", str(tmp_path / "project.yaml"), "--port", str(port), folder=tmp_path)
     try:

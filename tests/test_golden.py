@@ -101,7 +101,7 @@ def test_golden_studies_are_the_test_sets_own_pixels(project: Callable[..., Path
     manifest = read_manifest(folder)
     tests = set(manifest.loc[manifest["split"] == "test", "id"])
     pixels = {row_id: image.tobytes() for row_id, image in read_images(folder) if row_id in tests}
-    steps = {"png": [], "json": [{"kind": "spacing", "mm": 1.0}]}
+    steps = {"png": [], "json": [{"kind": "spacing", "mm": 1.0}], "cropped": [{"kind": "crop", "mm": 20}]}
     for name, chosen in steps.items():
         bundle = with_steps(write_bundle(home / name, 1), chosen)
         config = load(project(deploy={"kind": "local", "golden": {"studies": 6}}))

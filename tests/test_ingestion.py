@@ -790,6 +790,8 @@ class TestDecode:
 def test_images_of_several_writers_are_read_in_the_order_of_the_manifest(tmp_path: Path) -> None:
     shapes = [(10, 5), (3, 7, 3), (1, 1)]
     images = {f"i{i}": np.random.default_rng(i).integers(0, 65536, shapes[i % 3], dtype=np.uint16) for i in range(200)}
+    images["columns first"] = np.asfortranarray(np.arange(50, dtype=np.uint16).reshape(10, 5) * 5 * 257)  # of 8 bits
+    images["larger than a block"] = np.random.default_rng(1).integers(0, 65536, (2500, 1000), dtype=np.uint16)
     rows = []
     with PixelWriter(tmp_path / "pixels-a.bin") as a, PixelWriter(tmp_path / "pixels-b.bin") as b:
         for i, (name, pixels) in enumerate(images.items()):

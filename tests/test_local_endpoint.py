@@ -42,7 +42,8 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        self.process = start_cvf("endpoint", "--state", str(self.state), "--port", str(self.port), folder=self.folder)
+        where = ("--state", str(self.state), "--port", str(self.port), "--files", str(self.folder.parents[1]))
+        self.process = start_cvf("endpoint", *where, folder=self.folder)
         wait_until(lambda: self.process.poll() is not None or answers(self.url))
         assert self.process.poll() is None, (self.folder / "endpoint.log").read_text()
 
@@ -231,6 +232,50 @@ def test_errors_read_like_those_of_aws(server: Server) -> None:
     for body in (b"{", b"[]"):
         answer = httpx.post(f"{server.url}/", content=body, headers={"x-amz-target": "SageMaker.DescribeModel"})
         assert (answer.status_code, answer.json()["__type"]) == (400, "SerializationException")
+
+
+def test_a_caller_cannot_choose_what_the_server_runs_reads_or_writes(server: Server, models: dict[str, Any]) -> None:
+    control = server.control
+    for name in ("LD_PRELOAD", "PYTHONPATH", "PATH", "CVF_X\n"):
+        container = {"ModelDataUrl": models["one"].as_uri(), "Environment": {name: "theirs"}}
+        assert "Environment: " in error_of(control.create_model, ModelName="theirs", PrimaryContainer=container)[1]
+    outside, up = "file:///etc/passwd", f"{server.state.as_uri()}/{'../' * 20}etc"
+    for place in (outside, up, "http://elsewhere/model.tar.gz"):
+        refused = error_of(control.create_model, ModelName="theirs", PrimaryContainer={"ModelDataUrl": place})[1]
+        assert refused.startswith("ModelDataUrl"), refused
+    assert "Could not find model" in error_of(control.describe_model, ModelName="theirs")[1]
+
+    capture = {"InitialSamplingPercentage": 1, "DestinationS3Uri": up, "CaptureOptions": [{"CaptureMode": "Input"}]}
+    failures = {"S3OutputPath": server.state.as_uri(), "S3FailurePath": outside}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"ProductionVariants": [variant("one", "../../outside")]}, "must satisfy regular expression"),
+        ({"ProductionVariants": [variant("one")], "DataCaptureConfig": capture}, "DestinationS3Uri: file://"),
+        (
+            {"ProductionVariants": [variant("one")], "AsyncInferenceConfig": {"OutputConfig": {"S3OutputPath": outside}}},
+            "S3OutputPath: file:///etc/passwd given; allowed on this machine: below ",
+        ),
+        ({"ProductionVariants": [variant("one")], "AsyncInferenceConfig": {"OutputConfig": failures}}, "S3FailurePath: "),
+    ]
+    for given, reason in wrong:
+        assert reason in error_of(control.create_endpoint_config, EndpointConfigName="theirs", **given)[1]
+    assert "Could not find" in error_of(control.describe_endpoint_config, EndpointConfigName="theirs")[1]
+
+
+def test_requests_for_another_host_are_refused_unless_the_server_is_for_others(server: Server, tmp_path: Path) -> None:
+    """A page whose name leads to this machine (DNS rebinding) comes with that name."""
+    foreign = {"host": "pages.example:80"}
+    assert httpx.get(f"{server.url}/ping", headers=foreign, trust_env=False).status_code == 400
+    assert httpx.post(server.url, headers=foreign | {"x-amz-target": "SageMaker.ListEndpoints"}).status_code == 400
+    assert answers(server.url.replace("127.0.0.1", "localhost"))
+    port = free_port()
+    where = ("--state", str(tmp_path / "state"), "--host", "127.0.0.2", "--port", str(port))
+    other = start_cvf("endpoint", *where, folder=tmp_path)
+    try:
+        wait_until(lambda: answers(f"http://127.0.0.2:{port}"))
+        assert httpx.get(f"http://127.0.0.2:{port}/ping", headers=foreign, trust_env=False).status_code == 200
+    finally:
+        other.terminate()
+        other.wait(30)
 
 
 def test_the_runtime_answers_and_refuses(server: Server, models: dict[str, Any]) -> None:

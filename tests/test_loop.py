@@ -53,6 +53,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     endpoint_log = home / "endpoint.log"
     port = _free_port(8765)
     command = [sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(home / "endpoint"), "--port", str(port)]
+    command += ["--files", str(home)]
     with endpoint_log.open("wb") as log:
         endpoint = subprocess.Popen(command, stdout=log, stderr=log)
     loop = Loop(home, port)

@@ -158,6 +158,7 @@ UNREACHABLE = {
     "storage": ({"storage": "/somewhere"}, {}, "train", "storage: file:///somewhere/.* lies on no volume of the pods"),
     "mlflow": ({"mlflow": {"tracking_uri": "sqlite:///var/x.db"}}, {}, "train", "mlflow.tracking_uri: sqlite:.* no volume"),
     "endpoint": ({}, {}, "deploy", "deploy.url: http://127.0.0.1:8765 is another machine to a pod"),
+    "endpoint, later": ({}, {}, "promote", "deploy.url: http://127.0.0.1:8765 is another machine to a pod"),
     "password": ({"mlflow": {"tracking_uri": "http://u:p@mlflow"}}, {}, "train", "mlflow.tracking_uri: holds a password"),
     "data": ({"data": {"source": {"kind": "npz", "path": "a.npz"}}}, {}, "ingest", "data.source.path: a.npz lies on no volume"),
     "gpus": ({}, {"gpus": 2}, "train", "training.processes_per_node: 1 given, the pods have gpus: 2"),

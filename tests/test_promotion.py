@@ -20,16 +20,18 @@ from mlflow.exceptions import MlflowException
 
 from cv_factory_ops import audit, registry, storage
 from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.deploy import golden
 from cv_factory_ops.deploy.local import stop
 from cv_factory_ops.deploy.verify import live
-from cv_factory_ops.errors import CvFactoryError, DataError, GateRefused, Unavailable
-from cv_factory_ops.promotion import ROLLOUT, promote_by_hand, rollback
-from cv_factory_ops.records import VerifyRecord
+from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, GateRefused, Unavailable
+from cv_factory_ops.promotion import ROLLOUT, locked_test, person, promote_by_hand, rollback
+from cv_factory_ops.records import EvidenceRecord, RegisterRecord, VerifyRecord
 from cv_factory_ops.stage import Order, read_result, run_stage
-from tests.bundles import SIZE, free_port, write_bundle
+from tests.bundles import SIZE, free_port, npy, write_bundle
 from tests.conftest import TINY, copy_run
 from tests.records import evaluated, gated, put, trained
 
+CONTAINER = Path(__file__).with_name("container")
 RELEASE = ("register", *ROLLOUT)
 
 
@@ -90,6 +92,9 @@ class World:
     def version(self, run: str) -> int:
         return int(read_result(run, "register").record["model_version"])
 
+    def run_of(self, version: int) -> str:
+        return next(entry.change.run for entry in self.history if entry.change.version == version)
+
     def digest(self, run: str) -> str:
         return str(read_result(run, "train").record["bundle_digest"])
 
@@ -109,6 +114,7 @@ def world(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(autouse=True)
 def at_home(world: World, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CVF_HOME", str(world.home))
+    monkeypatch.setenv("PYTHONPATH", str(CONTAINER))  # its models serve at once
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -228,6 +234,26 @@ def test_a_crash_between_history_and_alias_is_healed(world: World, champion: int
     assert world.history == written
 
 
+def test_a_rollback_that_was_killed_goes_on_to_the_same_version(
+    world: World, champion: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = world.release()
+
+    def die(*arguments: str) -> None:
+        raise MlflowException("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", die)
+        with pytest.raises(Unavailable):
+            rollback(world.config, None, "false alarms")
+    written = world.history
+    rollback(world.config, None, "false alarms")
+    assert world.history == written
+    assert world.aliases == {"champion": champion, "previous": bad}
+    run = next(entry.change.run for entry in written if entry.change.version == champion)
+    assert live(world.config).bundle_digest == world.digest(run)
+
+
 def test_an_alias_that_was_moved_past_the_history_is_put_right(world: World, champion: int) -> None:
     world.client.set_registered_model_alias("tiny", "champion", str(world.aliases["previous"]))
     found = registry.champion(world.config)
@@ -253,12 +279,68 @@ def test_of_two_promotions_at_once_one_is_told_of_the_other(world: World, champi
     with ThreadPoolExecutor(2) as pool:
         told = list(pool.map(promote, runs))
     assert sorted(map(bool, told)) == [False, True], told
-    (reason,) = filter(None, told)
-    assert f"the gate compared with {champion}" in reason
-    assert "puts it back" in reason, "the endpoint may serve the one that lost: it is named"
     moves = [entry for entry in world.history[len(before) :] if entry.change.action == "promotion"]
     assert len(moves) == 1
-    assert world.aliases["champion"] == moves[0].change.version
+    assert world.aliases["champion"] == moves[0].change.version == world.version(runs[1]), "the one that the endpoint serves"
+    assert live(world.config).bundle_digest == world.digest(runs[1])
+
+
+def test_a_registered_run_that_was_trained_anew_is_another_version(world: World, champion: int) -> None:
+    run, number = world.run(), next(world.numbers)
+    run_stage("register", world.config, run)
+    registered, folder = RegisterRecord.model_validate(read_result(run, "register").record), storage.path_of(run)
+    assert folder is not None
+    serves, written = live(world.config), world.history
+    bundle = write_bundle(folder / "again", number)
+    put(run, trained(bundle.path.as_uri(), bundle.digest, registered.mlflow_run_id))
+    with pytest.raises(DataError, match=rf"version {registered.model_version} was registered with .*; train in a new run"):
+        run_stage("register", world.config, run)
+    put(run, registered.model_copy(update={"bundle": bundle.path.as_uri(), "bundle_digest": bundle.digest}))
+    for order in (None, Order("promotion", "somebody", "forced")):
+        with pytest.raises(
+            DataError, match=rf"version {registered.model_version}: its run now has bundle {bundle.digest[:12]}"
+        ):
+            run_stage("deploy", world.config, run, order=order)
+    assert (live(world.config), world.history) == (serves, written)
+
+
+def test_a_broken_history_stops_a_rollout_before_the_endpoint_moves(world: World, champion: int) -> None:
+    run, serves = world.run(), live(world.config)
+    run_stage("register", world.config, run)
+    entry = storage.path_of(f"{world.config.root}/audit/00000002.json")
+    assert entry is not None
+    content = entry.read_bytes()
+    entry.write_bytes(content.replace(b"promotion", b"rollback!"))
+    try:
+        for order in (None, Order("promotion", "somebody", "forced")):
+            with pytest.raises(DataError, match="entry 2 is broken: it was changed"):
+                run_stage("deploy", world.config, run, order=order)
+    finally:
+        entry.write_bytes(content)
+    assert live(world.config) == serves
+
+
+def test_only_a_champion_locks_the_test_set_and_others_must_have_it(world: World, champion: int) -> None:
+    run, order = world.run(judged=world.aliases["previous"]), Order("promotion", "somebody", "forced")
+    run_stage("register", world.config, run, order=order)
+    bundle = world.digest(run)
+    asked = {"endpoint_name": "tiny", "endpoint_config_name": "c", "bundle_digest": bundle}
+    put(run, VerifyRecord(summary="", status="InService", **asked))
+    put(run, EvidenceRecord(summary="", archive="", archive_digest="", files=0))
+    lock = storage.path_of(locked_test(world.config))
+    assert lock is not None
+    content = lock.read_bytes()
+    try:
+        lock.unlink()
+        with pytest.raises(GateRefused, match="the gate compared with"):
+            run_stage("promote", world.config, run)
+        assert not lock.exists(), "its test set would be everybody's"
+        lock.write_text(json.dumps({"run": "another", "digests": ["0"]}))
+        for name in ("deploy", "promote"):
+            with pytest.raises(DataError, match=r"the test set of this run .* is not the locked one"):
+                run_stage(name, world.config, run, order=order)
+    finally:
+        lock.write_bytes(content)
 
 
 def test_an_overtaken_challenger_does_not_reach_the_endpoint(world: World, champion: int) -> None:
@@ -290,6 +372,7 @@ def test_without_an_approval_nothing_is_rolled_out(world: World, champion: int) 
         run_stage(name, load(world.path, ["approval.enabled=true"]), run)
     approval = world.history[-1].change.approval
     assert approval is not None
+    assert world.history[-1].change.approval_required
     assert (approval.who, approval.note, approval.time.isoformat()) == ("mara", "now there are more", at)
     kept = json.loads(storage.read_bytes(f"{run}/evidence/bundle/3-impact-assessment/approval.json"))
     assert (kept["who"], kept["gate_digest"]) == ("mara", world.history[-1].change.gate_digest)
@@ -299,21 +382,70 @@ def test_an_approval_is_of_one_verdict(world: World, champion: int) -> None:
     """The gate is run again after the approval, with another result: the person has not seen that one."""
     run, config = world.run(), load(world.path, ["approval.enabled=true"])
     run_stage("register", config, run)
-    run_stage("approve", config, run, order=Order("approval", "mara", ""))
+    assert world.history[-1].change.approval_required
+    with pytest.raises(GateRefused, match="has not been approved"):
+        run_stage("deploy", world.config, run)  # whoever runs it has switched the approval off
+    named = load(world.path, ["approval.enabled=true", "approval.assignees=[mara, otto]"])
+    with pytest.raises(ConfigError, match=r"--by: anna given; allowed by approval\.assignees: mara, otto"):
+        run_stage("approve", named, run, order=Order("approval", "anna", ""))
+    answer = run_stage("approve", named, run, order=Order("approval", "mara", "")).record
+    assert (answer["who"], answer["login"]) == ("mara", person())
     put(run, gated(()).model_copy(update={"summary": "auc 0.850", "challenger": 0.85}))
     with pytest.raises(GateRefused, match="has not been approved"):
         run_stage("deploy", config, run)
 
 
-def test_an_endpoint_that_serves_something_else_keeps_the_alias(world: World, champion: int) -> None:
-    run = world.run()
+def test_an_endpoint_that_serves_something_else_meanwhile_keeps_the_alias(world: World, champion: int) -> None:
+    """Verified, then put back by hand to the champion, which the history has no word of: the alias has not moved."""
+    run, own = world.run(), world.run_of(champion)
     for name in RELEASE[:-1]:
         run_stage(name, world.config, run)
-    verified = VerifyRecord.model_validate(read_result(run, "verify").record)
-    put(run, verified.model_copy(update={"bundle_digest": "0" * 64}))
-    run_stage("evidence", world.config, run)
-    with pytest.raises(DataError, match="the alias stays where it is"):
-        run_stage("promote", world.config, run, order=Order("promotion", "somebody", "forced"))
+    promote_by_hand(world.config, own, "not this one")
+    before = world.history
+    for order in (None, Order("promotion", "somebody", "forced")):
+        with pytest.raises(DataError, match=r"serves .* now, not .* as verified; the alias stays where it is$"):
+            run_stage("promote", world.config, run, order=order)
+    assert world.aliases["champion"] == champion
+    assert world.history == before
+    assert live(world.config).bundle_digest == world.digest(own)
+
+
+def spoil(world: World, run: str) -> None:
+    """A golden study of the run's bundle that no model answers as it says."""
+    study = golden.Study(npy(), "application/x-npy", [2.0, -1.0])
+    storage.write_bytes(f"{world.config.root}/models/{world.digest(run)}/golden.npz", golden._packed([study]))
+
+
+def test_a_champion_that_fails_a_later_check_keeps_the_endpoint(world: World, champion: int) -> None:
+    own, serves = world.run_of(champion), live(world.config)
+    spoil(world, own)
+    with pytest.raises(DataError, match=r"golden study 1: .*; allowed is a difference of [0-9.e-]+$"):
+        run_stage("verify", world.config, own)
+    assert live(world.config) == serves
+
+
+def test_a_failed_rollout_goes_back_to_the_champion_and_not_to_what_was_never_promoted(world: World, champion: int) -> None:
+    serves, tried, run = live(world.config), world.run(), world.run()
+    for name in ("register", "deploy"):
+        run_stage(name, world.config, tried)
+    for name in ("register", "deploy"):
+        run_stage(name, world.config, run)
+    spoil(world, run)
+    with pytest.raises(DataError, match=rf"golden study 1: .*; the endpoint was put back to {serves.endpoint_config_name}"):
+        run_stage("verify", world.config, run)
+    assert live(world.config)[:4] == serves[:4]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_rollout_whose_evidence_cannot_be_made_is_taken_back(world: World, champion: int, by_hand: bool) -> None:
+    serves, run = live(world.config), world.run()
+    plots = storage.path_of(f"{run}/gate/criteria.png")
+    assert plots is not None
+    plots.unlink()
+    roll_out = (lambda: promote_by_hand(world.config, run, "we want it")) if by_hand else (lambda: world.release(run))
+    with pytest.raises(DataError, match=rf"criteria\.png: .*; the endpoint was put back to {serves.endpoint_config_name}"):
+        roll_out()
+    assert live(world.config)[:4] == serves[:4]
     assert world.aliases["champion"] == champion
 
 

@@ -34,8 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(CONTAINER))
         running = Server(folder / "server")
-        environments = {"one": {}, "two": {}, "faulty": {"STUB_STATUS": "500"}, "slow": {"STUB_DELAY": "2"}}
-        for seed, (name, environment) in enumerate((environments | {"late": {"STUB_PING_DELAY": "2"}}).items()):
+        environments = {"one": {}, "two": {}, "faulty": {"CVF_STUB_STATUS": "500"}, "slow": {"CVF_STUB_DELAY": "2"}}
+        for seed, (name, environment) in enumerate((environments | {"late": {"CVF_STUB_PING_DELAY": "2"}}).items()):
             write_bundle(folder / name, seed)
             pack(folder / name, folder / f"{name}.tar.gz")
             running.model(name, folder / f"{name}.tar.gz", Environment=environment)
@@ -312,6 +312,8 @@ def test_asynchronous_answers_and_failures_lie_on_storage(server: Server, tmp_pa
     assert (code, "use InvokeEndpointAsync" in message) == ("ValidationError", True)
     code, message = error_of(server.runtime.invoke_endpoint_async, EndpointName="later", InputLocation="https://elsewhere/x")
     assert (code, message.partition(" ")[0]) == ("ValidationError", "InputLocation")
+    code, message = error_of(server.runtime.invoke_endpoint_async, EndpointName="later", InputLocation="file:///etc/passwd")
+    assert (code, message.partition(" given")[0]) == ("ValidationError", "InputLocation: file:///etc/passwd")
     remove(server, "later")
 
 

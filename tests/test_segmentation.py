@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
+import highdicom
 import numpy as np
 import pandas as pd
 import pydicom
@@ -21,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.metrics import f1_score
+from starlette.testclient import TestClient
 from torch.nn import functional
 
 from cv_factory_ops import segmentation
@@ -43,20 +45,25 @@ from cv_factory_ops.config import (
     Unet,
     load,
 )
-from cv_factory_ops.domain import Decoded
+from cv_factory_ops.deploy import golden
+from cv_factory_ops.domain import Decoded, Decoding
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.evaluation.gate import difference_interval, differences
 from cv_factory_ops.evaluation.segmentation import JudgedMasks, dice_and_hd95
 from cv_factory_ops.explainer import Explainer
+from cv_factory_ops.ingestion import manifest as stored
 from cv_factory_ops.ingestion.decode import decode_one
 from cv_factory_ops.ingestion.manifest import read_manifest, read_masks
 from cv_factory_ops.models import Segmenter, build, freeze, stages
 from cv_factory_ops.predictor import Predictor
-from cv_factory_ops.preprocessing import shards
+from cv_factory_ops.preprocessing import preprocess, shards
 from cv_factory_ops.preprocessing.geometry import Geometry, Mask
 from cv_factory_ops.preprocessing.pipeline import prepare
-from cv_factory_ops.records import EvaluateRecord, GateRecord, PreprocessRecord, TrainRecord
-from cv_factory_ops.stage import read_result, run_stage
+from cv_factory_ops.preprocessing.shards import Images
+from cv_factory_ops.records import EvaluateRecord, GateRecord, PreprocessRecord, RegisterRecord, Result, TrainRecord
+from cv_factory_ops.serving.app import create_app
+from cv_factory_ops.serving.settings import ServingSettings
+from cv_factory_ops.stage import Stage, read_result, run_stage
 from cv_factory_ops.training.data import Shard, augment_with_masks
 from cv_factory_ops.training.objectives import Segmentation, open_objective
 from cv_factory_ops.training.validation import DiceOfMasks
@@ -68,12 +75,16 @@ LESIONS: dict[str, Any] = {
     "labels": ["background", "opacity"],
     "data": {"source": {"kind": "phantoms", "patients": 48, "image_size": 64, "seed": 3}},
     "splits": {"val": 0.25, "test": 0.25},
-    "preprocessing": {"size": 32},
+    "preprocessing": {"size": 32, "steps": [{"kind": "pad", "pixels": 80}]},
     "model": {"kind": "unet", "width": 8, "levels": 3},
-    "training": {"epochs": 12, "batch_size": 8, "processes_per_node": 1, "learning_rate": 0.01},
+    "training": {"epochs": 8, "batch_size": 8, "processes_per_node": 1, "learning_rate": 0.01},
     "evaluation": {"minimum": 2, "bootstrap": 100},
     "gate": {"metric": "dice", "minimum": 0.3, "bootstrap": 100},
 }
+
+
+LABELS = ["background", "nodule", "mass"]
+"""Of the sources' tests."""
 
 
 def disc(rows: int, columns: int, middle: tuple[float, float], radius: float) -> Mask:
@@ -219,6 +230,34 @@ def test_a_step_in_mm_needs_the_spacing() -> None:
         Geometry.of((20, 20), PreprocessingConfig(size=16, steps=[SpacingStep(mm=1)]))
 
 
+@pytest.mark.parametrize("shape", [(64, 32), (50, 41), (9, 20)])
+def test_an_answer_is_of_the_images_pixels_and_not_of_padding(shape: tuple[int, int]) -> None:
+    geometry = Geometry.of(shape, PreprocessingConfig(size=32, steps=[PadStep()]))
+    logits = np.random.default_rng(8).normal(size=(3, 32, 32)) * 2
+    logits[:2] += np.array([-1, 9])[:, None, None] * (geometry.prepare(np.ones(shape, np.uint8)) == 0)
+    probabilities = (np.exp(logits) / np.exp(logits).sum(0)).astype(np.float32)
+    answer = segmentation.segmented(probabilities, ["none", "a", "b"], geometry, None, {})
+    of_pixels = np.stack([geometry.restore((of_class * 255).astype(np.uint8)) for of_class in probabilities]) / 255
+    mask = segmentation.mask_of(answer)
+    counts = np.bincount(mask.ravel(), minlength=3)
+    assert mask.shape == shape
+    assert answer.label == ["none", "a", "b"][1 + int(counts[1:].argmax())]
+    assert [answer.regions[label].area for label in "ab"] == counts[1:].tolist()
+    assert answer.features["foreground"] == pytest.approx((mask > 0).mean(), abs=1e-6)
+    assert answer.score == pytest.approx(of_pixels.max(0)[mask > 0].mean(), abs=1 / 255)
+    assert list(answer.scores.values()) == pytest.approx(of_pixels.mean((1, 2)), abs=1 / 255)
+    assert answer.regions["b"].confidence == pytest.approx(of_pixels[2][mask == 2].mean(), abs=1 / 255)
+
+
+def test_a_class_that_only_padding_shows_is_not_found() -> None:
+    geometry = Geometry.of((64, 32), PreprocessingConfig(size=32, steps=[PadStep()]))
+    probabilities = np.zeros((2, 32, 32), np.float32)
+    probabilities[0, :, 8:24] = probabilities[1, :, :8] = probabilities[1, :, 24:] = 1
+    answer = segmentation.segmented(probabilities, ["none", "a"], geometry, (0.5, 2.0), {})
+    assert (answer.label, answer.score, answer.features["foreground"]) == ("none", 1, 0)
+    assert answer.regions["a"].model_dump() == {"area": 0, "unit": "mm2", "confidence": None}
+
+
 # --- measures ---
 
 
@@ -332,7 +371,7 @@ def test_what_a_segmentation_cannot_be_is_one_line(home: Path, sections: dict[st
 def files_project(home: Path, **source: Any) -> ProjectConfig:
     data = {"source": {"kind": "files", "path": "images", **source}, "max_quarantined": 0.9}
     path = home / "files.yaml"
-    labels = {"labels": ["background", "nodule", "mass"], "splits": {"val": 0.3, "test": 0.3}}
+    labels = {"labels": LABELS, "splits": {"val": 0.3, "test": 0.3}}
     path.write_text(yaml.safe_dump({**LESIONS, "data": data, **labels}))
     return load(path)
 
@@ -421,7 +460,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Mask]:
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CVF_PSEUDONYM_KEY", "a key for tests")
-        DOMAIN.generate(folder, patients=3, image_size=80, seed=2, labels=["background", "nodule", "mass"], masks=True)
+        DOMAIN.generate(folder, patients=3, image_size=80, seed=2, labels=LABELS, masks=True)
         content = DOMAIN.deidentify((folder / "00002_0.dcm").read_bytes(), DeidentificationConfig(pixels="trust")).content
     mask = cv2.imread(str(folder / "masks" / "00002_0.png"), cv2.IMREAD_UNCHANGED)
     assert mask is not None
@@ -431,22 +470,16 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Mask]:
 def test_a_phantoms_mask_lies_on_its_opacity(study: tuple[bytes, Mask]) -> None:
     content, mask = study
     assert np.unique(mask).tolist() == [0, 2]
-    image = decode_one(content, None, DOMAIN, load_decoding()).image
+    image = decode_one(content, None, DOMAIN, Decoding()).image
     ring = ndimage.binary_dilation(mask > 0, iterations=8) & (mask == 0)
     assert image[mask > 0].mean() > image[ring].mean() + 3000
-
-
-def load_decoding() -> Any:
-    from cv_factory_ops.domain import Decoding
-
-    return Decoding()
 
 
 def test_a_mask_becomes_a_segmentation_of_the_study_and_back(study: tuple[bytes, Mask]) -> None:
     content, mask = study
     made = DOMAIN.segmentation(content, mask, ["nodule", "mass"], ["cv-factory 1", "digest"])
     assert made == DOMAIN.segmentation(content, mask, ["nodule", "mass"], ["cv-factory 1", "digest"])
-    assert np.array_equal(DOMAIN.read_mask(made), mask)
+    assert np.array_equal(DOMAIN.read_mask(made, LABELS, ""), mask)
     found, image = pydicom.dcmread(io.BytesIO(made)), pydicom.dcmread(io.BytesIO(content))
     assert found.SOPClassUID == pydicom.uid.SegmentationStorage
     assert [segment.SegmentLabel for segment in found.SegmentSequence] == ["nodule", "mass"]
@@ -458,7 +491,7 @@ def test_a_mask_becomes_a_segmentation_of_the_study_and_back(study: tuple[bytes,
     shown = found.pixel_array.reshape(-1, 80, 80)
     assert np.array_equal(shown[0] * 2, mask), "one frame, that of the class that is there"
     empty = DOMAIN.segmentation(content, np.zeros_like(mask), ["nodule", "mass"], ["1"])
-    assert not DOMAIN.read_mask(empty).any()
+    assert not DOMAIN.read_mask(empty, LABELS, "").any()
 
 
 def test_a_mask_that_is_not_of_the_study_is_refused(study: tuple[bytes, Mask]) -> None:
@@ -467,7 +500,53 @@ def test_a_mask_that_is_not_of_the_study_is_refused(study: tuple[bytes, Mask]) -
         DOMAIN.segmentation(content, mask[1:], ["nodule", "mass"], ["1"])
     assert refused.value.code == "mask_shape"
     with pytest.raises(Rejected, match="not a usable DICOM Segmentation"):
-        DOMAIN.read_mask(content)
+        DOMAIN.read_mask(content, LABELS, "")
+
+
+def by_another(content: bytes, mask: Mask, labels: list[str]) -> bytes:
+    """A segmentation as other software writes it: its segments, numbered from 1, are ``labels``."""
+    code = pydicom.sr.codedict.codes.SCT.Lesion
+    segments = [highdicom.seg.SegmentDescription(n, label, code, code, "MANUAL") for n, label in enumerate(labels, 1)]
+    image, new = pydicom.dcmread(io.BytesIO(content)), pydicom.uid.generate_uid
+    image.PatientName = None
+    for keyword in ("PatientBirthDate", "AccessionNumber", "StudyID", "StudyTime", "ReferringPhysicianName"):
+        setattr(image, keyword, image.get(keyword))
+    made = highdicom.seg.Segmentation(
+        [image], mask, "BINARY", segments, new(), 1, new(), 1, "Other", "Other", "1", "1", omit_empty_frames=False
+    )
+    file = io.BytesIO()
+    made.save_as(file)
+    return file.getvalue()
+
+
+def test_a_segment_is_the_class_that_its_label_names(study: tuple[bytes, Mask]) -> None:
+    content, mask = study
+    both = np.where(mask > 0, mask, np.roll(mask, 20, 1) // 2).astype(np.uint8)
+    instance = decode_one(content, None, DOMAIN, Decoding()).instance
+    swapped = by_another(content, np.array([0, 2, 1], np.uint8)[both], ["mass", "nodule"])
+    assert np.array_equal(DOMAIN.read_mask(swapped, LABELS, instance), both)
+    alone = by_another(content, (mask > 0).astype(np.uint8), ["mass"])
+    assert np.array_equal(DOMAIN.read_mask(alone, LABELS, instance), mask)
+    with pytest.raises(Rejected, match="whose label is none of: background, nodule, mass") as refused:
+        DOMAIN.read_mask(by_another(content, mask, ["nodule", "Doe^John"]), LABELS, instance)
+    assert refused.value.code == "mask_class"
+    assert "Doe" not in str(refused.value)
+
+
+def test_a_segmentation_is_of_its_image_before_and_after_deidentification(study: tuple[bytes, Mask]) -> None:
+    content, mask = study
+    identified = pydicom.dcmread(io.BytesIO(content))
+    del identified.PatientIdentityRemoved
+    file = io.BytesIO()
+    identified.save_as(file)
+    made = by_another(file.getvalue(), mask, ["nodule", "mass"])
+    pseudonym = decode_one(file.getvalue(), None, DOMAIN, Decoding()).instance
+    assert pseudonym == DOMAIN.remapped(identified.SOPInstanceUID) != identified.SOPInstanceUID
+    for instance in (pseudonym, str(identified.SOPInstanceUID), ""):
+        assert np.array_equal(DOMAIN.read_mask(made, LABELS, instance), mask)
+    with pytest.raises(Rejected, match="of another image") as refused:
+        DOMAIN.read_mask(made, LABELS, DOMAIN.remapped("1.2.3"))
+    assert refused.value.code == "mask_image"
 
 
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dciodvfy, of the Debian package dicom3tools")
@@ -499,7 +578,16 @@ def test_a_dicom_segmentation_is_a_mask_like_any_other(home: Path, study: tuple[
         (home / "images" / f"{i}.dcm").write_bytes(file.getvalue())
         made = DOMAIN.segmentation(file.getvalue(), both.astype(np.uint8), ["nodule", "mass"], ["1"])
         (home / "masks" / f"{i}.dcm").write_bytes(made)
+    shutil.copy(home / "images" / "7.dcm", home / "images" / "other.dcm")
+    shutil.copy(home / "masks" / "6.dcm", home / "masks" / "other.dcm")
+    shutil.copy(home / "images" / "7.dcm", home / "images" / "unknown.dcm")
+    (home / "masks" / "unknown.dcm").write_bytes(DOMAIN.segmentation(file.getvalue(), mask, ["nodule", "effusion"], ["1"]))
     run_stage("ingest", files_project(home, masks="masks"), (home / "run").as_uri())
+    quarantine = [json.loads(line) for line in (home / "run" / "ingest" / "quarantine.jsonl").read_text().splitlines()]
+    assert {each["item"]: (each["code"], each["reason"]) for each in quarantine} == {
+        "other.dcm": ("mask_image", "its mask is a segmentation of another image"),
+        "unknown.dcm": ("mask_class", "its mask has a segment whose label is none of: background, nodule, mass"),
+    }
     manifest = read_manifest(home / "run" / "ingest")
     assert len(manifest) == 8
     assert all(np.array_equal(each, both) for each in read_masks(home / "run" / "ingest", manifest))
@@ -518,6 +606,12 @@ class Lesions(NamedTuple):
     @property
     def bundle(self) -> Bundle:
         return Bundle.load(self.home / "run" / "train" / "bundle")
+
+
+def phantoms(lesions: Lesions) -> Path:
+    """Where its studies lie."""
+    [folder] = (path for path in (lesions.home / "var" / "storage" / "lesions" / "phantoms").iterdir() if path.is_dir())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -553,6 +647,23 @@ def test_masks_lie_beside_their_images_and_are_checked(lesions: Lesions, tmp_pat
         shards.verify(folder)
 
 
+def test_an_interrupted_preprocessing_goes_on_with_its_masks(
+    lesions: Lesions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "GROUP", 8)
+    config, ingested, kept = lesions.config.preprocessing, lesions.home / "run" / "ingest", Images.put
+    counts = preprocess.write_shards(tmp_path, ingested, config, [32, 32])
+    journal = tmp_path / preprocess.JOURNAL
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))  # as a killed try leaves it
+    written: list[str] = []
+    monkeypatch.setattr(Images, "put", lambda *given: (written.append(str(given[2].dtype)), kept(*given)))
+    assert preprocess.write_shards(tmp_path, ingested, config, [32, 32]) == counts
+    assert written.count("uint8") == written.count("uint16") == sum(counts.values()) - 16
+    finished = lesions.home / "run" / "preprocess"
+    for file in (*finished.glob("masks-*.npy"), *finished.glob("t*.npy")):
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes()
+
+
 def test_the_network_learns_to_find_the_lesions_and_the_gate_judges_dice(lesions: Lesions) -> None:
     train = TrainRecord.model_validate(read_result(lesions.run, "train").record)
     record = EvaluateRecord.model_validate(read_result(lesions.run, "evaluate").record)
@@ -583,9 +694,8 @@ def test_the_predictor_answers_in_the_pixels_of_the_image_as_evaluation_measured
     predictor, folder = Predictor(lesions.bundle), lesions.home / "run"
     predictions = pd.read_parquet(folder / "evaluate" / "predictions.parquet").set_index("id")
     rows = shards.read_rows(folder / "preprocess", "test")
-    [phantoms] = (path for path in (lesions.home / "var" / "storage" / "lesions" / "phantoms").iterdir() if path.is_dir())
     for row, truth in zip(rows.itertuples(), read_masks(folder / "ingest", rows), strict=True):
-        given = decode_one((phantoms / str(row.id)).read_bytes(), None, DOMAIN, predictor.manifest.decoding)
+        given = decode_one((phantoms(lesions) / str(row.id)).read_bytes(), None, DOMAIN, predictor.manifest.decoding)
         [answer] = predictor.answer([given]).predictions
         assert isinstance(answer, SegmentedPrediction)
         mask, region = segmentation.mask_of(answer), answer.regions["opacity"]
@@ -619,8 +729,41 @@ def test_the_bundle_has_a_reference_for_drift_that_answers_can_be_held_against(l
     assert set(reference) == set(manifest.features)
     assert {"score", "entropy", "foreground", "embedding_0"} <= set(reference)
     assert reference["foreground"].between(0, 1).all()
+    predictor, rows = Predictor(lesions.bundle), shards.read_rows(lesions.home / "run" / "preprocess", "val")
+    given = decode_one((phantoms(lesions) / str(rows["id"][0])).read_bytes(), None, DOMAIN, manifest.decoding)
+    served = predictor.answer([given]).predictions[0].features
+    assert reference.iloc[0][["score", "entropy", "foreground"]].to_dict() == pytest.approx(
+        {name: served[name] for name in ("score", "entropy", "foreground")}, abs=1e-5
+    )
     assert manifest.task == "segmentation"
     assert "task" not in manifest.model_dump(), "a bundle says it by its model"
+
+
+def test_golden_studies_hold_the_masks_that_an_endpoint_must_answer(lesions: Lesions, home: Path) -> None:
+    shutil.copytree(lesions.home / "run", home / "run")
+    bundle = lesions.bundle
+    names = {"model_name": "lesions", "model_version": 1, "mlflow_run_id": "0"}
+    record = RegisterRecord(summary="", bundle=bundle.path.as_uri(), bundle_digest=bundle.digest, **names)
+    result = Result(stage="register", run="", inputs_digest="", seconds=0, record=record.model_dump(mode="json"))
+    (home / "run" / "register").mkdir()
+    (home / "run" / "register" / "result.json").write_text(result.model_dump_json())
+    config = lesions.config.model_copy(update={"storage": (home / "storage").as_uri()})
+    studies = golden.studies(Stage("verify", config, (home / "run").as_uri(), home), bundle.digest)
+    assert len(studies) == 8
+    with TestClient(create_app(bundle.path, ServingSettings(threads=1))) as endpoint:
+        for study in studies:
+            answer = endpoint.post("/invocations", content=study.body, headers={"content-type": study.content_type})
+            assert golden.require_answer(study, 1, answer.content, [], 0.001) <= 0.001, "by another engine"
+    mask = segmentation.decoded(study.mask)
+    mask[0, :4] ^= 1
+    body = {"predictions": [answer.json()["predictions"][0] | {"mask": segmentation.encoded(mask)}]}
+    assert golden.require_answer(study, 1, json.dumps(body).encode(), [], 0.001) == pytest.approx(4 / mask.size, abs=1e-3)
+    with pytest.raises(DataError, match=r"golden study 1: the endpoint answers 0\.0\d+ of the pixels with another class"):
+        golden.require_answer(study, 1, json.dumps(body).encode(), [], 0.0001)
+    for text in (segmentation.encoded(mask[1:]), "no PNG", ""):
+        body = {"predictions": [{"mask": text}]}
+        with pytest.raises(DataError, match="golden study 1: the answer holds no mask of 64 x 64 pixels"):
+            golden.require_answer(study, 1, json.dumps(body).encode(), [], 0.001)
 
 
 def test_an_explanation_of_a_mask_is_refused_in_words(lesions: Lesions) -> None:

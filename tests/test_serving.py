@@ -623,7 +623,7 @@ def test_a_segmentation_bundle_answers_with_a_mask_as_a_study(bundle: Bundle, tm
     told, drawn = sent(app, [(deidentified(), headers), (deidentified(), headers | {"accept": "application/dicom"})])
     prediction = Answer.model_validate_json(told.content).predictions[0]
     assert isinstance(prediction, SegmentedPrediction)
-    mask = open_domain("medical").read_mask(drawn.content)
+    mask = open_domain("medical").read_mask(drawn.content, manifest.labels, "")
     assert mask.shape == (64, 64)
     np.testing.assert_array_equal(mask, mask_of(prediction))
 

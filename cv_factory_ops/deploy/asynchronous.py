@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from cv_factory_ops import storage
-from cv_factory_ops.deploy.shelf import Item, ServiceError
+from cv_factory_ops.deploy.shelf import Item, Place, ServiceError
 from cv_factory_ops.errors import CvFactoryError
 
 log = logging.getLogger("cvf")
@@ -35,8 +35,8 @@ Invoke = Callable[[str, bytes, dict[str, str], float], Awaitable[bytes]]
 class AsyncRequests:
     """The requests of all endpoints, each a file below ``folder`` until it is answered."""
 
-    def __init__(self, folder: Path, invoke: Invoke) -> None:
-        self._folder, self._invoke = folder, invoke
+    def __init__(self, folder: Path, invoke: Invoke, require_place: Place) -> None:
+        self._folder, self._invoke, self._require_place = folder, invoke, require_place
         self._places: dict[str, asyncio.Semaphore] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,11 +56,10 @@ class AsyncRequests:
         """Write a request to disk; returns it, for :meth:`start`, with the places of answer and failure.
 
         Raises:
-            ServiceError: it names no input, or the endpoint no place for outputs.
+            ServiceError: it names no input that may be read, or the endpoint no place for outputs.
         """
         given = {name.removeprefix(PREFIX): value for name, value in headers.items() if name.startswith(PREFIX)}
-        if not given.get("inputlocation", "").startswith(("s3://", "file://")):
-            raise ServiceError("InputLocation must be s3://bucket/key, or file:// on this machine", "ValidationError")
+        self._require_place("InputLocation", given.get("inputlocation", ""))
         output = config.get("OutputConfig", {})
         if not output.get("S3OutputPath"):
             raise ServiceError(f"Endpoint {endpoint}: its AsyncInferenceConfig names no S3OutputPath", "ValidationError")

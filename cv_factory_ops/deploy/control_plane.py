@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from cv_factory_ops.deploy.alarms import CloudWatch
-from cv_factory_ops.deploy.shelf import Item, ServiceError, Shelf, required, without
+from cv_factory_ops.deploy.shelf import Item, Place, ServiceError, Shelf, require_name, required, without
 from cv_factory_ops.deploy.traffic import Policy, Traffic
 from cv_factory_ops.deploy.variants import Fleet, NotHealthy
 
 log = logging.getLogger("cvf")
 
 IN_PROGRESS = frozenset({"Creating", "Updating", "RollingBack", "SystemUpdating", "Deleting"})
+SETTING = re.compile(r"(CVF|OMP|SAGEMAKER)_[A-Z0-9_]+")
+"""What a model's environment may set: no variable by which an interpreter or a loader is told to run something else."""
 WATCH_SECONDS = 0.1
 """How often alarms are looked at."""
 
@@ -36,8 +39,8 @@ class ControlPlane:
     Every change runs on the event loop without awaiting in between, so requests do not need locks.
     """
 
-    def __init__(self, state: Path, cloudwatch: CloudWatch) -> None:
-        self._cloudwatch = cloudwatch
+    def __init__(self, state: Path, cloudwatch: CloudWatch, require_place: Place) -> None:
+        self._cloudwatch, self._require_place = cloudwatch, require_place
         self._processes = state / "processes"
         shutil.rmtree(self._processes, ignore_errors=True)
         self.models, self.configs, self.endpoints = (Shelf(state, kind) for kind in ("model", "endpoint-config", "endpoint"))
@@ -90,7 +93,10 @@ class ControlPlane:
 
     async def _create_model(self, given: Item) -> Item:
         name = required(given, "ModelName")
-        required(given.get("PrimaryContainer") or {}, "ModelDataUrl")
+        container = given.get("PrimaryContainer") or {}
+        self._require_place("ModelDataUrl", required(container, "ModelDataUrl"))
+        if wrong := [setting for setting in container.get("Environment") or {} if not SETTING.fullmatch(setting)]:
+            raise ServiceError(f"Environment: {wrong[0][:80]!r} given; the local endpoint takes {SETTING.pattern}")
         return {"ModelArn": self.models.add(name, given)}
 
     async def _describe_model(self, given: Item) -> Item:
@@ -106,10 +112,13 @@ class ControlPlane:
         variants = [{"InitialVariantWeight": 1.0, **variant} for variant in required(given, "ProductionVariants")]
         for variant in variants:
             self.models.get(required(variant, "ModelName"))
-        if len({required(variant, "VariantName") for variant in variants}) < len(variants):
+            require_name("variantName", required(variant, "VariantName"))
+        if len({variant["VariantName"] for variant in variants}) < len(variants):
             raise ServiceError("Production variant names must be unique within an endpoint configuration")
         if given.get("DataCaptureConfig") and any("ServerlessConfig" in variant for variant in variants):
             raise ServiceError("DataCaptureConfig is not supported for serverless endpoints")
+        for field, place in _destinations(given).items():
+            self._require_place(field, place)
         return {"EndpointConfigArn": self.configs.add(name, {**given, "ProductionVariants": variants})}
 
     async def _describe_endpoint_config(self, given: Item) -> Item:
@@ -340,6 +349,13 @@ def _wanted(item: Item, given: Item) -> bool:
         and all(item[field] >= given.get(f"{field}After", 0) for field in ("CreationTime", "LastModifiedTime"))
         and all(item[field] <= given.get(f"{field}Before", 1e11) for field in ("CreationTime", "LastModifiedTime"))
     )
+
+
+def _destinations(config: Item) -> Item:
+    """Where an endpoint of this configuration writes, by field."""
+    output = (config.get("AsyncInferenceConfig") or {}).get("OutputConfig") or {}
+    given = {**output, **(config.get("DataCaptureConfig") or {})}
+    return {field: given[field] for field in ("S3OutputPath", "S3FailurePath", "DestinationS3Uri") if given.get(field)}
 
 
 def _policy(target: Item, deployment: Item | None) -> Policy:

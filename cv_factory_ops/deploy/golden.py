@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops import storage
+from cv_factory_ops import segmentation, storage
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import SpacingStep
+from cv_factory_ops.domain import Decoded
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion.manifest import read_group, read_manifest
 from cv_factory_ops.preprocessing.preprocess import spacings
@@ -28,6 +29,7 @@ from cv_factory_ops.server import LARGEST_BODY
 if TYPE_CHECKING:
     import pandas as pd
 
+    from cv_factory_ops.predictor import Predictor
     from cv_factory_ops.stage import Stage
 
 log = logging.getLogger("cvf")
@@ -37,6 +39,8 @@ DECIMALS = 6
 """Of an intensity in 0..1 as text: half of the last is less than half a level of 16 bits, so rounding brings the level back."""
 WHO = "challenger_"
 """What the evaluation's columns of the bundle begin with."""
+COLUMNS = ("content_types", "probabilities", "masks")
+"""Of the file, in the order of :class:`Study`; those from before there were masks have none."""
 Spacing = tuple[float, float] | None
 
 
@@ -46,28 +50,32 @@ class Study(NamedTuple):
     body: bytes
     content_type: str
     probabilities: list[float]
-    """In the order of the project's labels."""
+    """In the order of the project's labels; of a segmentation none."""
+    mask: str = ""
+    """Of a segmentation, as answers have it."""
 
 
 def studies(stage: Stage, bundle_digest: str) -> list[Study]:
-    """The golden studies of a bundle; none where its evaluation is not part of the run, or gave no probabilities of classes."""
+    """The golden studies of a bundle; none where its evaluation is not part of the run."""
     wanted = stage.config.deploy.golden.studies
     uri = f"{stage.config.root}/models/{bundle_digest}/golden.npz"
     if wanted and not storage.exists(uri):
         drawn = _drawn(stage)
         if not drawn:
-            log.warning("verify: no golden studies: %s has no probabilities of test images that fit a request", stage.run)
+            log.warning("verify: no golden studies: %s has no answers to test images that fit a request", stage.run)
             return []
         storage.write_bytes(uri, _packed(drawn))
     return _unpacked(storage.read_bytes(uri))[:wanted] if wanted else []
 
 
 def require_answer(study: Study, number: int, answer: bytes, labels: list[str], tolerance: float) -> float:
-    """The largest difference of a probability.
+    """The largest difference of a probability; of a segmentation the share of the image's pixels that are of another class.
 
     Raises:
-        DataError: it is more than the tolerance, or the answer names no probabilities of these labels.
+        DataError: it is more than the tolerance, or the answer holds no probabilities of these labels, or no mask of the image.
     """
+    if study.mask:
+        return _require_mask(study, number, answer, tolerance)
     try:
         [prediction] = json.loads(answer)["predictions"]
         found = [float(prediction["scores"][label]) for label in labels]
@@ -84,28 +92,57 @@ def require_answer(study: Study, number: int, answer: bytes, labels: list[str], 
     return worst
 
 
+def _require_mask(study: Study, number: int, answer: bytes, tolerance: float) -> float:
+    expected = segmentation.decoded(study.mask)
+    try:
+        [prediction] = json.loads(answer)["predictions"]
+        found = segmentation.decoded(prediction["mask"])
+    except (ValueError, KeyError, TypeError, cv2.error):
+        found = np.empty((0, 0), np.uint8)
+    if found.shape != expected.shape:
+        raise DataError(f"golden study {number}: the answer holds no mask of {' x '.join(map(str, expected.shape))} pixels")
+    different = float((found != expected).mean())
+    if different > tolerance:
+        raise DataError(
+            f"golden study {number}: the endpoint answers {different:.6f} of the pixels with another class than the evaluation "
+            f"says; allowed is a share of {tolerance:g}"
+        )
+    return different
+
+
 def _drawn(stage: Stage) -> list[Study]:
     """The first images of a random order that a request can hold."""
     if not storage.exists(f"{stage.run}/evaluate/result.json"):
         return []
     import pandas as pd
 
+    from cv_factory_ops.predictor import Predictor
+
     table = pd.read_parquet(stage.local(stage.read(EvaluateRecord).predictions))
-    columns = [f"{WHO}{index}" for index in range(len(stage.config.labels))]
+    is_segmentation = stage.config.task == "segmentation"
+    columns = [] if is_segmentation else [f"{WHO}{index}" for index in range(len(stage.config.labels))]
     if not set(columns) <= set(table):
         return []
-    steps = Bundle.load(stage.local(stage.read(RegisterRecord).bundle)).manifest.preprocessing.steps
-    needs_spacing = any(isinstance(step, SpacingStep) for step in steps)
+    bundle = Bundle.load(stage.local(stage.read(RegisterRecord).bundle))
+    predictor = Predictor(bundle) if is_segmentation else None
+    needs_spacing = any(getattr(step, "mm", None) is not None for step in bundle.manifest.preprocessing.steps)
     table = table[table["split"] == "test"].set_index("id")
     ids = np.random.default_rng(SEED).permutation(np.sort(table.index.to_numpy()))
     found: list[Study] = []
     for row_id, image, spacing in _images(stage, list(ids)):
         body, content_type = _request(image, spacing if needs_spacing else None)
         if len(body) <= LARGEST_BODY:
-            found.append(Study(body, content_type, table.loc[row_id, columns].astype(float).tolist()))
+            mask = _mask(predictor, image, spacing) if predictor else ""
+            found.append(Study(body, content_type, table.loc[row_id, columns].astype(float).tolist(), mask))
         if len(found) == stage.config.deploy.golden.studies:
             break
     return found
+
+
+def _mask(predictor: Predictor, image: NDArray[np.uint16], spacing: Spacing) -> str:
+    """As the evaluation had it: it keeps measures of masks, and not them."""
+    [prediction] = predictor.answer([Decoded(image, spacing=spacing)]).predictions
+    return str(prediction.model_dump()["mask"])
 
 
 def _images(stage: Stage, ids: list[str]) -> Iterator[tuple[str, NDArray[np.uint16], Spacing]]:
@@ -137,11 +174,12 @@ def _packed(drawn: list[Study]) -> bytes:
     file = BytesIO()
     bodies = {f"body_{index}": np.frombuffer(study.body, np.uint8) for index, study in enumerate(drawn)}
     types, probabilities = [study.content_type for study in drawn], [study.probabilities for study in drawn]
-    np.savez(file, allow_pickle=False, content_types=np.array(types), probabilities=np.array(probabilities), **bodies)
+    answers = {"probabilities": np.array(probabilities), "masks": np.array([study.mask for study in drawn])}
+    np.savez(file, allow_pickle=False, content_types=np.array(types), **answers, **bodies)
     return file.getvalue()
 
 
 def _unpacked(content: bytes) -> list[Study]:
     with np.load(BytesIO(content), allow_pickle=False) as found:
-        rows = zip(found["content_types"].tolist(), found["probabilities"].tolist(), strict=True)
+        rows = zip(*(found[name].tolist() for name in COLUMNS if name in found), strict=True)
         return [Study(found[f"body_{index}"].tobytes(), *row) for index, row in enumerate(rows)]

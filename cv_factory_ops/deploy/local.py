@@ -18,7 +18,7 @@ import sys
 import time
 import urllib.parse
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -27,15 +27,18 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from cv_factory_ops import captures
+from cv_factory_ops import captures, storage
+from cv_factory_ops.config import as_uri
 from cv_factory_ops.deploy.alarms import CloudWatch
 from cv_factory_ops.deploy.asynchronous import AsyncRequests
 from cv_factory_ops.deploy.control_plane import ControlPlane
-from cv_factory_ops.deploy.shelf import ACCOUNT, REGION, ServiceError
+from cv_factory_ops.deploy.shelf import ACCOUNT, REGION, ServiceError, places
 from cv_factory_ops.deploy.spool import Spool
 from cv_factory_ops.deploy.variants import Fleet, NotHealthy, TooSlow, Variant
 from cv_factory_ops.errors import CvFactoryError, Unavailable
@@ -44,11 +47,14 @@ from cv_factory_ops.server import LARGEST_BODY, listen, read_body, run
 log = logging.getLogger("cvf")
 
 START_SECONDS = 60
+LOOPBACK = ("127.0.0.1", "localhost")
 FORWARDED = ("content-type", "accept", "x-amzn-sagemaker-custom-attributes")
 
 
-def serve(state: Path, host: str, port: int) -> None:
+def serve(state: Path, host: str, port: int, files: Sequence[Path] = ()) -> None:
     """Serve until SIGTERM or SIGINT; endpoints of an earlier run come back.
+
+    On this machine, requests may name files below the state, the storage root and ``files``.
 
     Raises:
         Unavailable: another server works on this state directory, or the port is taken.
@@ -56,11 +62,17 @@ def serve(state: Path, host: str, port: int) -> None:
     state = state.resolve()
     with _alone(state), listen(host, port) as listener:
         log.info("endpoint: SageMaker's control plane and runtime at http://%s:%d, state in %s", host, port, state)
-        run(create_app(state), listener)
+        # A page in a browser of this machine may send requests here, too, but under the name of its own server.
+        hosts = LOOPBACK if host in LOOPBACK else ("*",)
+        storage_root = storage.path_of(as_uri(os.environ.get("CVF_STORAGE") or "var/storage"))
+        folders = [path.resolve() for path in (state, storage_root, *files) if path]
+        run(create_app(state, folders, hosts), listener)
 
 
-def ensure_running(url: str, state: Path) -> None:
+def ensure_running(url: str, state: Path, files: Path | None = None) -> None:
     """Start ``cvf endpoint`` in the background where nothing answers at the URL, and wait until it does.
+
+    ``files``: a folder that its requests may name files below, see :func:`serve`.
 
     Raises:
         Unavailable: another program answers there, the address is not this machine's, or the server does not come up.
@@ -68,13 +80,13 @@ def ensure_running(url: str, state: Path) -> None:
     if _answers(url):
         return
     parts = urllib.parse.urlsplit(url)
-    if parts.hostname not in {"127.0.0.1", "localhost"}:
+    if parts.hostname not in LOOPBACK:
         raise Unavailable(f"{url}: nothing answers there, and it is not this machine; start `cvf endpoint` on it")
     state.mkdir(parents=True, exist_ok=True)
     with (state / "starting").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _answers(url):  # somebody else may have started it meanwhile
-            _start(url, parts.hostname, parts.port or 80, state)
+            _start(url, parts.hostname, parts.port or 80, state, files)
 
 
 def stop(state: Path) -> None:
@@ -90,7 +102,7 @@ def stop(state: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def _start(url: str, host: str, port: int, state: Path) -> None:
+def _start(url: str, host: str, port: int, state: Path, files: Path | None) -> None:
     with (state / "server.log").open("ab") as output:
         process = subprocess.Popen(
             (
@@ -99,6 +111,7 @@ def _start(url: str, host: str, port: int, state: Path) -> None:
                 host,
                 "--port",
                 str(port),
+                *(("--files", str(files)) if files else ()),
             ),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -114,14 +127,18 @@ def _start(url: str, host: str, port: int, state: Path) -> None:
         time.sleep(0.1)
 
 
-def create_app(state: Path) -> Starlette:
-    """The application over a state directory: ``POST /``, ``POST /endpoints/<name>/[async-]invocations`` and ``GET /ping``."""
+def create_app(state: Path, folders: Sequence[Path], hosts: Sequence[str]) -> Starlette:
+    """The application over a state directory: ``POST /``, ``POST /endpoints/<name>/[async-]invocations`` and ``GET /ping``.
+
+    Requests are answered that come to one of the ``hosts`` and name files below one of the ``folders`` only.
+    """
+    require_place = places(folders)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.cloudwatch, app.state.spool = CloudWatch(state), Spool(state / "captures")
-        app.state.plane = ControlPlane(state, app.state.cloudwatch)
-        app.state.asynchronous = AsyncRequests(state / "async", partial(_answer_later, app))
+        app.state.plane = ControlPlane(state, app.state.cloudwatch, require_place)
+        app.state.asynchronous = AsyncRequests(state / "async", partial(_answer_later, app), require_place)
         app.state.plane.restore()
         app.state.asynchronous.resume()
         yield
@@ -135,7 +152,7 @@ def create_app(state: Path) -> Starlette:
         Route("/endpoints/{name}/async-invocations", _invoke_async, methods=["POST"]),
         Route("/ping", _ping),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    return Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
 
 
 async def _ping(request: Request) -> Response:

@@ -91,7 +91,7 @@ def session(config: ProjectConfig) -> Any:
     from cv_factory_ops.deploy.local import ensure_running
 
     url = (os.environ.get("AWS_ENDPOINT_URL_SAGEMAKER") or config.deploy.url).rstrip("/")
-    ensure_running(url, home() / "var" / "endpoint")
+    ensure_running(url, home() / "var" / "endpoint", storage.path_of(config.storage_uri))
     aws = boto3.Session(aws_access_key_id="local", aws_secret_access_key="local", region_name=LOCAL_REGION)  # noqa: S106
     # Every client of this session, those that sagemaker.core creates included, goes to the local endpoint.
     aws.client = functools.cache(functools.partial(aws.client, endpoint_url=url))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cv_factory_ops import storage
+from cv_factory_ops.errors import ConfigError
 
 REGION, ACCOUNT = "us-east-1", "000000000000"
 NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 Item = dict[str, Any]
+Place = Callable[[str, str], None]
+"""Refuses the URI in a field of a request, see :func:`places`."""
 
 
 class ServiceError(Exception):
@@ -44,8 +47,7 @@ class Shelf:
 
     def add(self, name: str, item: Item) -> str:
         """Store a new resource; returns its ARN."""
-        if not NAME.fullmatch(name):
-            raise ServiceError(f"Value {name[:80]!r} at '{self._kind}Name' must satisfy regular expression {NAME.pattern}")
+        require_name(f"{self._kind}Name", name)
         if name in self._items:
             raise ServiceError(f'Cannot create already existing {self._title} "{self.arn(name)}".')
         self.save(name, {**item, "CreationTime": time.time()})
@@ -74,6 +76,32 @@ def required(given: Item, field: str) -> Any:
     if not given.get(field):
         raise ServiceError(f"1 validation error detected: Value null at '{field}' failed: Member must not be null")
     return given[field]
+
+
+def require_name(field: str, name: str) -> None:
+    """
+    Raises:
+        ServiceError: it is no name that SageMaker takes, and so none for a file.
+    """
+    if not NAME.fullmatch(name):
+        raise ServiceError(f"Value {name[:80]!r} at '{field}' must satisfy regular expression {NAME.pattern}")
+
+
+def places(folders: Sequence[Path]) -> Place:
+    """What refuses a place that the server must not read or write for a caller, who may be anybody on this machine: a
+    ``file://`` outside of the folders, and what is neither that nor ``s3://``."""
+
+    def require(field: str, uri: str) -> None:
+        try:
+            path = storage.path_of(uri)
+        except ConfigError:
+            raise ServiceError(f"{field} must be s3://bucket/key, or file:// on this machine", "ValidationError") from None
+        if path and not any(path.resolve().is_relative_to(folder) for folder in folders):
+            allowed = ", ".join(map(str, folders))
+            line = f"{field}: {uri} given; allowed on this machine: below {allowed}; `cvf endpoint --files` allows more"
+            raise ServiceError(line, "ValidationError")
+
+    return require
 
 
 def without(item: Item, *fields: str) -> Item:

@@ -1,27 +1,35 @@
 """Stage ``verify``: a deployment is done when the live endpoint itself says so.
 
 A service can answer "updated" and go on serving the old model; what counts is the configuration that the endpoint names, the
-bundle digest in its answer to a real request, and that it answers golden studies as the evaluation did. An endpoint that serves
-what was asked, but not rightly, is put back to what it served before: alias and endpoint stay together.
+bundle digest in its answer to a real request, and that it answers golden studies as the evaluation did. Where this stage or one
+after it fails for good, the endpoint is put back to what the alias names: alias and endpoint stay together.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import uuid
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from cv_factory_ops import captures, storage
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from cv_factory_ops import audit, captures, promotion, registry, storage
 from cv_factory_ops.config import AsynchronousInference, ProjectConfig
 from cv_factory_ops.deploy import golden, shapes
 from cv_factory_ops.deploy.sagemaker import describe, explained, go_back, session
 from cv_factory_ops.errors import CvFactoryError, DataError, Unavailable
-from cv_factory_ops.records import DeployRecord, VerifyRecord
-from cv_factory_ops.stage import Stage
+from cv_factory_ops.records import DeployRecord, PromoteRecord, RegisterRecord, VerifyRecord
+from cv_factory_ops.stage import Stage, read_result
 
 ASYNC_SECONDS = 300
 """For which an answer of an asynchronous endpoint is waited for; its instances may have to start first."""
+BUSY_SECONDS = 30
+"""For which a container that is busy is asked again."""
+WHY_BACK = "put_back.txt"
+"""File of a run: why its rollout was taken back, written before it is."""
 
 
 def run(stage: Stage) -> VerifyRecord:
@@ -35,13 +43,11 @@ def run(stage: Stage) -> VerifyRecord:
     found = live(stage.config)
     if found.endpoint_config_name != asked.endpoint_config_name:
         error = _silent(asked, "endpoint config", found.endpoint_config_name, asked.endpoint_config_name)
-        raise DataError(f"{error}: {found.failure_reason}") if found.failure_reason else error
-    try:
-        if found.bundle_digest != asked.bundle_digest:
-            raise _silent(asked, "bundle", found.bundle_digest, asked.bundle_digest)
-        differences = _golden_differences(stage, asked.bundle_digest)
-    except DataError as error:
-        raise DataError(f"{error}; {_put_back(stage.config, asked)}") from None
+        known = "; ".join(filter(None, (found.failure_reason, _why_back(stage))))
+        raise DataError(f"{error}: {known}") if known else error
+    if found.bundle_digest != asked.bundle_digest:
+        raise _silent(asked, "bundle", found.bundle_digest, asked.bundle_digest)
+    differences = _golden_differences(stage, asked.bundle_digest)
     return VerifyRecord(
         summary=f"endpoint {found.endpoint_name} answers with bundle {found.bundle_digest[:12]}{_told(differences)}",
         endpoint_name=found.endpoint_name,
@@ -51,6 +57,29 @@ def run(stage: Stage) -> VerifyRecord:
         golden_studies=len(differences),
         largest_difference=max(differences, default=None),
     )
+
+
+def promote(stage: Stage) -> PromoteRecord:
+    """Stage ``promote``, see :func:`cv_factory_ops.promotion.promote`; the endpoint is asked right before the move.
+
+    Raises:
+        DataError: it does not serve any more what was verified.
+    """
+    return promotion.promote(stage, functools.partial(_require_verified, stage))
+
+
+def put_back(stage: Stage, error: CvFactoryError) -> str:
+    """End a rollout that has failed for good: the endpoint serves what the alias names again. Says what came of it.
+
+    The endpoint is left alone where the alias names this very version, and where it serves another one's config.
+    """
+    if not storage.exists(f"{stage.run}/deploy/result.json"):
+        return ""
+    try:
+        with explained(stage.config):
+            return _put_back(stage, stage.read(DeployRecord), error)
+    except CvFactoryError as problem:
+        return f"endpoint {stage.config.endpoint_name} could not be put back: {problem}"
 
 
 class Live(NamedTuple):
@@ -106,6 +135,14 @@ def _golden_differences(stage: Stage, bundle_digest: str) -> list[float]:
         ]
 
 
+def _is_busy(error: BaseException) -> bool:
+    """Whether a container has refused because of what others ask of it: that says nothing of the model."""
+    return getattr(error, "response", {}).get("OriginalStatusCode") == 503
+
+
+@retry(
+    retry=retry_if_exception(_is_busy), stop=stop_after_delay(BUSY_SECONDS), wait=wait_random_exponential(max=2), reraise=True
+)
 def _answer(aws: Any, config: ProjectConfig, body: bytes, content_type: str) -> bytes:
     """The endpoint's answer to a request that drift checks leave out by its inference id."""
     runtime, request_id = aws.client("sagemaker-runtime"), f"{captures.PROBE}{uuid.uuid4()}"
@@ -132,16 +169,42 @@ def _awaited(config: ProjectConfig, asked: dict[str, Any]) -> bytes:
     raise Unavailable(f"endpoint {config.endpoint_name}: gave no answer within {ASYNC_SECONDS} s")
 
 
-def _put_back(config: ProjectConfig, asked: DeployRecord) -> str:
-    """Serve again what was served before the rollout; says what came of it."""
-    if asked.previous_config_name is None:
+def _put_back(stage: Stage, asked: DeployRecord, error: CvFactoryError) -> str:
+    entry = audit.head(stage.config)
+    champion = entry.change.aliases.get("champion") if entry else None
+    endpoint = describe(session(stage.config).client("sagemaker"), asked.endpoint_name)
+    if endpoint is None or endpoint["EndpointConfigName"] != asked.endpoint_config_name:
+        return ""
+    if champion == stage.read(RegisterRecord).model_version:
+        return ""
+    before = asked.previous_config_name if champion is None else _config_of(stage.config, champion)
+    if before is None:
         return f"endpoint {asked.endpoint_name} served nothing before, so it was left as it is"
-    try:
-        with explained(config):
-            go_back(config, asked.previous_config_name)
-    except CvFactoryError as error:
-        return f"it could not be put back to {asked.previous_config_name}: {error}"
-    return f"the endpoint was put back to {asked.previous_config_name}"
+    why = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, {stage.name}: {error}"
+    storage.write_bytes(f"{stage.run}/{WHY_BACK}", why.encode())
+    go_back(stage.config, before)
+    return f"the endpoint was put back to {before}"
+
+
+def _config_of(config: ProjectConfig, version: int) -> str:
+    """The endpoint config that a version was last rolled out with."""
+    deployed = DeployRecord.model_validate(read_result(registry.run_of(config, version), DeployRecord.stage).record)
+    return deployed.endpoint_config_name
+
+
+def _why_back(stage: Stage) -> str:
+    uri = f"{stage.run}/{WHY_BACK}"
+    return f"it was put back: {storage.read_bytes(uri).decode()}" if storage.exists(uri) else ""
+
+
+def _require_verified(stage: Stage) -> None:
+    verified, found = stage.read(VerifyRecord), live(stage.config)
+    if (found.endpoint_config_name, found.bundle_digest) != (verified.endpoint_config_name, verified.bundle_digest):
+        raise DataError(
+            f"endpoint {found.endpoint_name} serves {found.endpoint_config_name} (bundle {found.bundle_digest[:12]}) now, "
+            f"not {verified.endpoint_config_name} (bundle {verified.bundle_digest[:12]}) as verified; "
+            "the alias stays where it is"
+        )
 
 
 def _told(differences: list[float]) -> str:

@@ -15,13 +15,12 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cv_factory_ops import audit, storage
+from cv_factory_ops import audit, protocol, storage
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.evaluation.cards import GALLERIES, NAMES, html, templates
 from cv_factory_ops.promotion import approval_of
@@ -41,10 +40,13 @@ LONG_AGO = (1980, 1, 1, 0, 0, 0)
 
 
 def run(stage: Stage) -> EvidenceRecord:
-    """Collect everything, write its index and its checksums, pack it."""
-    registered, folder = stage.read(RegisterRecord), stage.out / "bundle"
-    before = _champion(stage)
-    facts = _modifications(stage, folder / MODIFICATIONS, before) | _protocol(stage, folder / PROTOCOL)
+    """Collect everything, write its index and its checksums, pack it. A person who promotes by hand keeps what there is."""
+    registered, folder, basis = stage.read(RegisterRecord), stage.out / "bundle", _basis(stage)
+    if stage.order and (kept := _kept(stage, basis)):
+        return kept
+    before, settings = _champion(stage), protocol.fetch(stage.run, stage.config, folder / PROTOCOL)
+    facts = {"splits": settings["splits"], "asked": stage.config.approval.enabled}
+    facts |= _modifications(stage, folder / MODIFICATIONS, before, settings)
     facts |= _impact(stage, folder / IMPACT, before)
     sums = {path.relative_to(folder).as_posix(): storage.sha256(path) for path in _files(folder)}
     index = templates().get_template("evidence.md.jinja").render(facts, project=stage.config.project, files=sums)
@@ -66,12 +68,27 @@ def run(stage: Stage) -> EvidenceRecord:
         archive=uri,
         archive_digest=digest,
         files=len(sums),
+        basis=basis,
     )
 
 
 def fingerprint(stage: Stage) -> str:
     """An approval that came later belongs into it. Decisions and history that came later do not: they had no part in it."""
     return record_digest(stage.run, "approve") if storage.exists(f"{stage.run}/approve/result.json") else ""
+
+
+def _basis(stage: Stage) -> str:
+    digests = [stage.read(RegisterRecord).bundle_digest, record_digest(stage.run, "gate"), fingerprint(stage)]
+    return storage.text_digest(json.dumps(digests))
+
+
+def _kept(stage: Stage, basis: str) -> EvidenceRecord | None:
+    """What an earlier rollout of the same has left, its folder included; None where there is none."""
+    uri = f"{stage.run}/{stage.name}"
+    if not storage.exists(f"{uri}/result.json") or read_result(stage.run, stage.name).record.get("basis") != basis:
+        return None
+    shutil.copytree(stage.local(f"{uri}/bundle"), stage.out / "bundle")
+    return stage.read(EvidenceRecord)
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -83,10 +100,10 @@ def pack(folder: Path, archive: Path) -> None:
             file.writestr(info, path.read_bytes())
 
 
-def _modifications(stage: Stage, folder: Path, before: audit.Entry | None) -> dict[str, Any]:
+def _modifications(stage: Stage, folder: Path, before: audit.Entry | None, settings: dict[str, Any]) -> dict[str, Any]:
     """What is another than in the champion before: settings, data, weights."""
     registered = stage.read(RegisterRecord)
-    changes = None if before is None else changed_settings(_protocol_of(before), _settings(stage.config))
+    changes = None if before is None else changed_settings(_protocol_of(before), settings)
     facts = {
         "registered": registered,
         "before": before.change if before else None,
@@ -109,21 +126,12 @@ def _modifications(stage: Stage, folder: Path, before: audit.Entry | None) -> di
     return facts
 
 
-def _protocol(stage: Stage, folder: Path) -> dict[str, Any]:
-    """The configuration with all defaults, the schema that it was checked against, the versions that worked on it."""
-    installed = sorted({f"{item.name}=={item.version}" for item in distributions()}, key=str.lower)
-    _write(folder / "config.yaml", yaml.safe_dump(_settings(stage.config), sort_keys=False, allow_unicode=True))
-    _write_json(folder / "schema.json", ProjectConfig.model_json_schema())
-    _write(folder / "environment.txt", "".join(f"{line}\n" for line in installed))
-    return {"config": stage.config}
-
-
 def _impact(stage: Stage, folder: Path, before: audit.Entry | None) -> dict[str, Any]:
     """The verdict with its numbers, what it rests on, who approved, and the drift that led here."""
     registered, gate, evaluation = stage.read(RegisterRecord), stage.read(GateRecord), stage.read(EvaluateRecord)
     approval, decisions = approval_of(stage, registered), list(_decisions(stage.config, before))
     for name in STAGES:
-        _write_json(folder / "records" / f"{name}.json", read_result(stage.run, name).record)
+        _write_json(folder / "records" / f"{name}.json", protocol.without_logins(read_result(stage.run, name).record))
     plots = [uri.rsplit("/", 1)[1] for uri in evaluation.pictures]
     for name in ("gate/criteria.json", "gate/criteria.png", *(f"evaluate/{plot}" for plot in plots if plot not in GALLERIES)):
         _copy(stage, name, folder)
@@ -132,7 +140,8 @@ def _impact(stage: Stage, folder: Path, before: audit.Entry | None) -> dict[str,
     for decision in decisions:
         stamp = re.sub(r"[^0-9T]", "", decision["time"])
         _write_json(folder / "drift" / f"{stamp}.json", decision)
-    history = [entry.model_dump(mode="json") | {"digest": entry.digest} for entry in audit.entries(stage.config)]
+    stored = [audit.stored(stage.config, entry.number) for entry in audit.entries(stage.config)]
+    history = [item["entry"] | {"digest": item["digest"]} for item in stored]
     _write_json(folder / "history.json", history)
     return {"gate": gate, "approval": approval, "decisions": decisions, "history": history, "impact": IMPACT}
 
@@ -151,9 +160,11 @@ def _champion(stage: Stage) -> audit.Entry | None:
 
 
 def _protocol_of(entry: audit.Entry) -> dict[str, Any]:
-    """The settings of an earlier version, as its own evidence has them; empty where that is gone."""
-    uri = f"{entry.change.run}/evidence/bundle/{PROTOCOL}/config.yaml"
-    return dict(yaml.safe_load(storage.read_bytes(uri))) if storage.exists(uri) else {}
+    """The settings of an earlier version, from its run or its own evidence; empty where both are gone."""
+    uri = f"{entry.change.run}/evidence/bundle/{PROTOCOL}/{protocol.SETTINGS}"
+    if (found := protocol.settings_of(entry.change.run)) or not storage.exists(uri):
+        return found
+    return dict(yaml.safe_load(storage.read_bytes(uri)))
 
 
 def _decisions(config: ProjectConfig, before: audit.Entry | None) -> Iterable[dict[str, Any]]:
@@ -172,12 +183,6 @@ def _digests(run: str) -> dict[str, str]:
     if not storage.exists(f"{run}/train/result.json"):
         return {}
     return {title: str(read_result(run, stage).record[field]) for title, (stage, field) in places.items()}
-
-
-def _settings(config: ProjectConfig) -> dict[str, Any]:
-    """All settings; passwords in addresses are left out."""
-    text = re.sub(r"://[^/@\s\"]+@", "://***@", config.model_dump_json())
-    return dict(json.loads(text))
 
 
 def _copy(stage: Stage, name: str, folder: Path) -> None:

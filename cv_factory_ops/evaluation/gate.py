@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cv_factory_ops import registry
+from cv_factory_ops import protocol, registry
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import GateConfig, SubgroupRule
 from cv_factory_ops.evaluation.bootstrap import Interval, patients_of, percentile_interval, resamples
@@ -44,6 +44,7 @@ def run(stage: Stage) -> GateRecord:
     verdict = _verdict(evaluation, ingest.test_digest, interval, criteria, config).model_copy(update={"links": train.links})
     (stage.out / "criteria.json").write_text(json.dumps([row.model_dump(mode="json") for row in criteria], indent=1))
     draw(verdict, config.confidence).savefig(stage.out / "criteria.png", dpi=120)
+    protocol.keep(stage.config, stage.out / protocol.FOLDER)
     _log(stage, train.mlflow_run_id, verdict)
     return verdict
 

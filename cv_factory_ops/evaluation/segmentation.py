@@ -25,8 +25,7 @@ from cv_factory_ops.evaluation.bootstrap import Interval, patients_of, percentil
 from cv_factory_ops.ingestion.manifest import read_masks
 from cv_factory_ops.metrics import Labels, Mask, Values, Weights, share
 from cv_factory_ops.predictor import in_batches
-from cv_factory_ops.preprocessing.geometry import Geometry
-from cv_factory_ops.preprocessing.preprocess import spacings
+from cv_factory_ops.preprocessing.preprocess import geometries, spacings
 from cv_factory_ops.preprocessing.shards import Images
 
 if TYPE_CHECKING:
@@ -71,11 +70,10 @@ def dice_and_hd95(truth: ClassMask, answer: ClassMask, classes: int, spacing: Sp
 def answers(bundle: Bundle, images: Images, rows: pd.DataFrame) -> Iterator[ClassMask]:
     """The mask that a bundle answers each image with, (rows, columns) of the image. ``images``: as the bundle wants them, of
     these ``rows`` of the manifest."""
-    known, shapes = spacings(rows), zip(rows["id"], rows["rows"], rows["columns"], strict=True)
+    places = geometries(rows, bundle.manifest.preprocessing)
     for probabilities, _ in in_batches(bundle.network(), images):
         for answer in probabilities.argmax(1).astype(np.uint8):
-            row_id, height, width = next(shapes)
-            yield Geometry.of((height, width), bundle.manifest.preprocessing, known[row_id]).restore(answer)
+            yield next(places).restore(answer)
 
 
 def measured(bundle: Bundle, images: Images, rows: pd.DataFrame, folder: Path) -> dict[str, Values]:
@@ -88,11 +86,9 @@ def measured(bundle: Bundle, images: Images, rows: pd.DataFrame, folder: Path) -
 
 def outlines(bundle: Bundle, images: Images, rows: pd.DataFrame, folder: Path) -> Iterator[tuple[ClassMask, ClassMask]]:
     """Truth and answer of each image at the size of the model's input; arguments as of :func:`measured`."""
-    known, config = spacings(rows), bundle.manifest.preprocessing
-    found = zip(rows["id"], read_masks(folder, rows), answers(bundle, images, rows), strict=True)
-    for row_id, truth, answer in found:
-        geometry = Geometry.of((truth.shape[0], truth.shape[1]), config, known[row_id])
-        yield geometry.prepare(truth), geometry.prepare(answer)
+    places = geometries(rows, bundle.manifest.preprocessing)
+    for place, truth, answer in zip(places, read_masks(folder, rows), answers(bundle, images, rows), strict=True):
+        yield place.prepare(truth), place.prepare(answer)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ of them may stand in what the challenger or the champion was trained on."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -12,7 +11,7 @@ import pandas as pd
 from cv_factory_ops import registry, storage
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion.splits import test_digest
-from cv_factory_ops.preprocessing.shards import read_index, read_rows
+from cv_factory_ops.preprocessing.shards import INDEX, read_index, read_rows
 from cv_factory_ops.records import Criterion, IngestRecord
 
 if TYPE_CHECKING:
@@ -24,8 +23,7 @@ HELD_OUT = {"test", "recent", "reserve"}
 
 def unseen(stage: Stage, declared: str, champion: int | None) -> Iterator[Criterion]:
     """``declared``: digest of the test set that the challenger's bundle names; ``champion``: its version."""
-    shards = stage.local(f"{stage.run}/preprocess")
-    test = read_rows(shards, "test")
+    test = _rows(stage, stage.run, "test")
     found = test_digest(test["digest"])
     same = found == declared == stage.read(IngestRecord).test_digest
     reason = (
@@ -34,15 +32,21 @@ def unseen(stage: Stage, declared: str, champion: int | None) -> Iterator[Criter
     yield Criterion(
         name="test set other than declared", rule="at most", limit=0, value=float(not same), passed=same, reason=reason
     )
-    yield from _strangers(test, learned_from(shards), "trained on")
+    yield from _strangers(test, learned_from(stage, stage.run), "trained on")
     if champion is not None:
         yield from _champion(stage, test, champion)
 
 
-def learned_from(shards: Path) -> pd.DataFrame:
-    """Rows of all images that a training could see."""
-    splits = [split for split in read_index(shards).splits if split not in HELD_OUT]
-    return pd.concat([read_rows(shards, split)[["digest", "patient"]] for split in splits], ignore_index=True)
+def learned_from(stage: Stage, run: str) -> pd.DataFrame:
+    """Rows of all images that a run's training could see."""
+    index = read_index(stage.local(f"{run}/preprocess/{INDEX}").parent)
+    splits = [split for split in index.splits if split not in HELD_OUT]
+    return pd.concat([_rows(stage, run, split)[["digest", "patient"]] for split in splits], ignore_index=True)
+
+
+def _rows(stage: Stage, run: str, split: str) -> pd.DataFrame:
+    """The table alone: the images, which may be hundreds of gigabytes, are not fetched."""
+    return read_rows(stage.local(f"{run}/preprocess/{split}.parquet").parent, split)
 
 
 def _champion(stage: Stage, test: pd.DataFrame, version: int) -> Iterator[Criterion]:
@@ -51,7 +55,7 @@ def _champion(stage: Stage, test: pd.DataFrame, version: int) -> Iterator[Criter
     try:
         if not storage.exists(f"{run}/preprocess/result.json"):
             raise DataError("its run is not there any more")
-        rows = learned_from(stage.local(f"{run}/preprocess"))
+        rows = learned_from(stage, run)
     except DataError as error:
         reason = f"not judged: the training data of version {version} cannot be read: {error}"
         yield Criterion(name="test images the champion trained on", rule="at most", limit=0, passed=None, reason=reason)

@@ -72,6 +72,7 @@ class Gate:
         """
         self._ring = _ring(config.access)
         self._rate: RateLimitItem = parse(config.rate)
+        self._allowed = f"allowed are {self._rate.amount} studies per {self._rate.GRANULARITY.name}"
         self._limiter = MovingWindowRateLimiter(_storage(config))
         self._challenge = "Bearer" if isinstance(config.access, JwtAccess) else "ApiKey"
 
@@ -88,23 +89,34 @@ class Gate:
         await self.count(caller)
         return caller
 
+    async def count_others(self, caller: str, studies: int) -> None:
+        """Of a batch, all but the first, which :meth:`admit` has counted.
+
+        Raises:
+            Refused: ``too_many``: no time is long enough for so many; or as :meth:`count`.
+        """
+        if studies > self._rate.amount:
+            raise Refused(413, "too_many", f"{studies} studies given; {self._allowed}")
+        if studies > 1:
+            await self.count(caller, studies - 1)
+
     async def count(self, caller: str, studies: int = 1) -> None:
         """
         Raises:
             Refused: ``rate``: the caller has sent too many; ``rate_storage``: nobody knows.
         """
         try:
-            if studies <= 0 or await self._limiter.hit(self._rate, caller, cost=studies):
+            if await self._limiter.hit(self._rate, caller, cost=studies):
                 return
             again = (await self._limiter.get_window_stats(self._rate, caller)).reset_time
         except StorageError:
             raise Refused(503, "rate_storage", "the storage of the rate limits does not answer") from None
         wait = {"Retry-After": str(max(1, math.ceil(again - time.time())))}
-        raise Refused(429, "rate", f"allowed are {self._rate.amount} studies per {self._rate.GRANULARITY.name}", headers=wait)
+        raise Refused(429, "rate", self._allowed, headers=wait)
 
     async def _caller(self, request: Request, shown: str | HTTPAuthorizationCredentials | None) -> str | None:
         if self._ring is None:
-            return request.client.host if request.client else "unknown"
+            return f"open-{pseudonym(request.client.host if request.client else '', 'caller')[:12]}"
         given = shown.credentials if isinstance(shown, HTTPAuthorizationCredentials) else shown
         return await self._ring.caller(given) if given else None
 

@@ -40,17 +40,19 @@ from cv_factory_ops.gateway.schema import (
     Refusal,
     Stored,
 )
-from cv_factory_ops.gateway.studies import Intake, Study, read_batch, read_study
+from cv_factory_ops.gateway.studies import Batches, Intake, Study, read_study, require_type
 from cv_factory_ops.server import listen, run
 
 TOGETHER = 8
 """Studies of a batch that are under way at a time: one caller's batch leaves room for others."""
+LABELS_BYTES = 1 << 20
+"""Of a body of late labels: a thousand of them, several times over."""
 Method = Literal["grad_cam", "integrated_gradients", "lime", "shap"]
 REASONS = {
     400: "It cannot be used; `identified`: it is not de-identified",
     401: "No valid key or token",
     406: "An explanation comes in the domain's format where a study of the domain is sent",
-    413: "Too many bytes or pixels",
+    413: "Too many bytes, pixels or studies",
     415: "Another content type",
     422: "A parameter or the body is not as described",
     429: "Too many studies; see `Retry-After`",
@@ -118,7 +120,7 @@ class _Gateway:
     def __init__(self, config: ProjectConfig, metrics: Metrics) -> None:
         self.config, self.metrics = config, metrics
         self.gate = Gate(config.gateway)
-        self.intake = Intake(config)
+        self.intake, self.batches = Intake(config), Batches(config.gateway)
         self.endpoint = Endpoint(config, metrics)
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="intake")
 
@@ -219,9 +221,9 @@ def _add_routes(app: FastAPI, gateway: _Gateway, config: ProjectConfig) -> None:
     @app.post("/predict/batch", response_model=PredictedBatch, responses=asking, openapi_extra=_files(limits.max_files))
     async def predict_batch(request: Request, asked_by: str = caller) -> PredictedBatch:
         """The answers for several, each refused or answered by itself."""
-        studies = await read_batch(request, limits)
-        await gateway.gate.count(asked_by, len(studies) - 1)
-        return await gateway.predicted_batch(studies)
+        async with gateway.batches.read(request) as studies:
+            await gateway.gate.count_others(asked_by, len(studies))
+            return await gateway.predicted_batch(studies)
 
     @app.post(
         "/explain",
@@ -235,10 +237,18 @@ def _add_routes(app: FastAPI, gateway: _Gateway, config: ProjectConfig) -> None:
         wants_study = domain_type in request.headers.get("accept", "").lower()
         return await gateway.explained(await read_study(request, limits.max_bytes), method, wants_study)
 
-    @app.post("/feedback", response_model=Stored, responses=_refusals(400, 401, 429, 503), dependencies=[caller])
-    async def feedback(body: Feedback) -> Stored:
+    @app.post(
+        "/feedback",
+        response_model=Stored,
+        responses=_refusals(400, 401, 413, 415, 429, 503),
+        openapi_extra=_body({"application/json": Feedback.model_json_schema()}),
+        dependencies=[caller],
+    )
+    async def feedback(request: Request) -> Stored:  # not a body of FastAPI's, which reads all of it before it asks for a key
         """Labels that have become known: drift checks and retraining join them to the captured requests."""
-        return Stored(stored=await gateway.store(body.labels))
+        require_type(request, "application/json")
+        body = await read_study(request, LABELS_BYTES)
+        return Stored(stored=await gateway.store(_feedback(body.content).labels))
 
     @app.get("/healthz", response_model=Health)
     async def healthz() -> Health:
@@ -262,18 +272,28 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _binary(*types: str) -> dict[str, Any]:
-    file = {"schema": {"type": "string", "format": "binary"}}
-    return {"requestBody": {"required": True, "content": dict.fromkeys(types, file)}}
+    return _body({kind: {"type": "string", "format": "binary"} for kind in types})
 
 
 def _files(most: int) -> dict[str, Any]:
     files = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1, "maxItems": most}
     form = {"type": "object", "required": ["files"], "properties": {"files": files}, "additionalProperties": False}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}}}
+    return _body({"multipart/form-data": form})
+
+
+def _body(schemas: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind, schema in schemas.items()}}}
 
 
 def _explained(domain_type: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {domain_type: {"schema": {"type": "string", "format": "binary"}}}}}
+
+
+def _feedback(body: bytes) -> Feedback:
+    try:
+        return Feedback.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
 
 
 def _not_understood() -> Refused:

@@ -133,6 +133,8 @@ class Endpoint:
         self._name, self._attempts, self._metrics = config.endpoint_name, gateway.attempts, metrics
         self._budget = RetryBudget(gateway.retry_share)
         self._threads = ThreadPoolExecutor(gateway.in_flight, thread_name_prefix="invoke")
+        self._describer = ThreadPoolExecutor(1, thread_name_prefix="describe")  # else it waits behind slow answers
+        self._timeout, self._places = gateway.timeout, asyncio.Semaphore(gateway.in_flight)
         self._described, self._status = -READY_SECONDS, ""
         self.breaker = Breaker(gateway.failures, gateway.open_seconds)
 
@@ -157,15 +159,28 @@ class Endpoint:
     async def status(self) -> str:
         """Of the endpoint, as SageMaker tells it: ``InService`` and so on; ``unreachable`` where nobody tells."""
         if time.monotonic() >= self._described + READY_SECONDS:
-            self._status = await asyncio.get_running_loop().run_in_executor(self._threads, self._describe)
+            self._status = await asyncio.get_running_loop().run_in_executor(self._describer, self._describe)
             self._described = time.monotonic()
         return self._status
 
     def close(self) -> None:
         """Let what is under way end."""
         self._threads.shutdown()
+        self._describer.shutdown()
 
     async def _try(self, request: dict[str, Any]) -> Reply:
+        """Once there is room: a try that waited in a thread's queue would not notice that the circuit opens."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._places.acquire()
+        except TimeoutError:
+            raise Refused(503, "busy", "other studies keep the endpoint busy; try again later") from None
+        try:
+            return await self._try_now(request)
+        finally:
+            self._places.release()
+
+    async def _try_now(self, request: dict[str, Any]) -> Reply:
         started, outcome = time.perf_counter(), "answered"
         try:
             with self.breaker.watching():
@@ -230,7 +245,7 @@ def _of_the_model(status: int, message: str) -> Refused:
     except (ValueError, KeyError, TypeError):
         code, reason = "", ""
     if (400 <= status < 500 or status == 503) and CODE.fullmatch(code):
-        return Refused(status, code, reason, headers={"Retry-After": "1"} if status == 503 else None)
+        return Refused(status, code, reason)
     return Refused(502, "model_error", "the model has failed")
 
 

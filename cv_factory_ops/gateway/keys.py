@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import json
@@ -45,21 +44,22 @@ def make_key(access: Access, name: str) -> str:
     if access.env:
         return f"{key}\n{line}"
     path = home() / access.file
-    if path.exists() and name in _parsed(path.read_text(encoding="ascii"), str(path)):
+    text = path.read_text(encoding="ascii") if path.exists() else ""
+    if name in _parsed(text, str(path)):
         raise ConfigError(f"{path}: has a key of the name {name}; take its line out first")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="ascii") as file:
-        file.write(line + "\n")
+        file.write(line + "\n" if text.endswith("\n") or not text else f"\n{line}\n")  # editors may leave a last line open
     return key
 
 
 def _digest(key: str, salt: bytes) -> bytes:
-    """scrypt (RFC 7914): 4 MiB and some ten milliseconds a guess, beside the 256 random bits of a key."""
-    return hashlib.scrypt(key.encode(), salt=salt, n=4096, r=8, p=1)
+    """SHA-256 once: nobody guesses 256 random bits, so a digest that is dear to compute would protect only guessable keys."""
+    return hashlib.sha256(salt + key.encode()).digest()
 
 
 class KeyRing:
-    """The keys that are let in. A key that was right once is known by a quick digest, until the file changes."""
+    """The keys that are let in; the file is read again when it changes."""
 
     def __init__(self, access: ApiKeys) -> None:
         """
@@ -67,10 +67,8 @@ class KeyRing:
             ConfigError: there are no keys, or they cannot be read.
         """
         self._access, self._path = access, home() / access.file
-        self._quick_key = secrets.token_bytes(32)
         self._seen: tuple[int, ...] = ()
         self._digests: dict[str, Digest] = {}
-        self._known: dict[bytes, str] = {}
         self._read()
         if not self._digests:
             raise ConfigError(f"{access.env or self._path}: holds no keys; `cvf gateway-key` makes them")
@@ -82,18 +80,11 @@ class KeyRing:
         except ConfigError as error:  # who cannot be asked lets nobody in
             if self._digests:
                 log.error("gateway: %s", error)
-            self._digests, self._known, self._seen = {}, {}, ()
-        quick = hmac.digest(self._quick_key, key.encode(), "sha256")
-        if (name := self._known.get(quick)) is not None:
-            return name
+            self._digests, self._seen = {}, ()
         found = KEY.fullmatch(key)
         if not found or (kept := self._digests.get(found[1])) is None:
             return None
-        if not hmac.compare_digest(await asyncio.to_thread(_digest, key, kept.salt), kept.digest):
-            return None
-        if self._digests.get(found[1]) == kept:  # it may have been taken away meanwhile
-            self._known[quick] = found[1]
-        return found[1]
+        return found[1] if hmac.compare_digest(_digest(key, kept.salt), kept.digest) else None
 
     def _read(self) -> None:
         if self._access.env:
@@ -105,7 +96,7 @@ class KeyRing:
             seen = (status.st_mtime_ns, status.st_size, status.st_ino)
             if seen != self._seen:
                 self._digests = _parsed(self._path.read_text(encoding="ascii"), str(self._path))
-                self._seen, self._known = seen, {}
+                self._seen = seen
         except (OSError, UnicodeDecodeError):
             raise ConfigError(f"{self._path}: cannot be read; `cvf gateway-key` makes keys") from None
 

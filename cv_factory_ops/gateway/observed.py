@@ -10,6 +10,7 @@ import uuid
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +22,8 @@ log = logging.getLogger("cvf.gateway")
 
 REQUEST_ID = re.compile(r"[0-9a-fA-F-]{16,64}")
 """UUIDs and trace ids: hardly anything that could name a person. Any other id is replaced."""
+HUNG_UP = 499
+"""nginx's status of a request whose sender left before it was answered: nobody reads it but the log and the metrics."""
 ALWAYS = {"/healthz", "/readyz", "/metrics"}
 """Answered also when there is no room for more requests, and logged only when they fail."""
 
@@ -28,7 +31,8 @@ ALWAYS = {"/healthz", "/readyz", "/metrics"}
 def refusal(error: Refused) -> Response:
     """The answer that a refusal becomes."""
     body = json.dumps({"error": str(error), "code": error.code})
-    return Response(body, error.status, {**error.headers, "X-Error-Code": error.code}, media_type="application/json")
+    headers = ({"Retry-After": "1"} if error.status == 503 else {}) | error.headers | {"X-Error-Code": error.code}
+    return Response(body, error.status, headers, media_type="application/json")
 
 
 class Observed:
@@ -47,10 +51,12 @@ class Observed:
         self._metrics.in_flight.set(self._in_hand)
         try:
             if self._in_hand > self._most and scope["path"] not in ALWAYS:
-                busy = Refused(503, "busy", f"{self._most} requests are in hand; try again later", headers={"Retry-After": "1"})
+                busy = Refused(503, "busy", f"{self._most} requests are in hand; try again later")
                 await refusal(busy)(scope, receive, request.send)
             else:
                 await self._app(scope, receive, request.send)
+        except ClientDisconnect:
+            request.status, request.code = HUNG_UP, "hung_up"
         except Exception as error:
             log.error("request %s: unexpected %s", request.id, type(error).__name__, exc_info=without_values(error))
             if not request.status:

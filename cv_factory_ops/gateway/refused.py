@@ -9,7 +9,7 @@ class NoAnswer(Refused):
     """The endpoint has not answered this try."""
 
     def __init__(self, status: int, code: str, message: str, *, retriable: bool, outage: bool) -> None:
-        super().__init__(status, code, message, headers={"Retry-After": "1"} if retriable else None)
+        super().__init__(status, code, message)
         self.retriable = retriable
         """Another try may help, and does no harm."""
         self.outage = outage

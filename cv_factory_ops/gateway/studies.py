@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from io import BytesIO
 from typing import NamedTuple
 
@@ -96,33 +97,67 @@ async def read_study(request: Request, limit: int) -> Study:
     return Study(bytes(body), request.headers.get("content-type", ""))
 
 
+def require_type(request: Request, allowed: str) -> None:
+    """
+    Raises:
+        Refused: 415 ``content_type``.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != allowed:
+        raise Refused(415, "content_type", f"another content type given; allowed: {allowed}")
+
+
 class _InMemory(MultiPartParser):
     """A study is never written to a temporary file."""
 
     spool_max_size = 1 << 62
 
 
-async def read_batch(request: Request, limits: GatewayConfig) -> list[Study]:
-    """The files of a multipart body, in their order; their names are not looked at.
+class Batches:
+    """Reads the batches of all requests, which together hold a limited number of bytes."""
 
-    Raises:
-        Refused: 413 ``too_large``, 415 ``content_type``, 400 ``multipart``.
-    """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-        raise Refused(415, "content_type", "another content type given; allowed: multipart/form-data")
-    body = await read_study(request, limits.max_batch_bytes)
+    def __init__(self, limits: GatewayConfig) -> None:
+        self._limits, self._held = limits, 0
 
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield body.content
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[list[Study]]:
+        """The files of a multipart body, in their order, and room for them; their names are not looked at.
 
-    try:
-        form = await _InMemory(request.headers, stream(), max_files=limits.max_files, max_fields=0).parse()
-    except (MultiPartException, ValueError, KeyError):
-        raise Refused(400, "multipart", f"is no multipart body of 1 to {limits.max_files} files named `files`") from None
-    files = [file for name, file in form.multi_items() if name == "files" and not isinstance(file, str)]
-    if not files:
-        raise Refused(400, "multipart", f"is no multipart body of 1 to {limits.max_files} files named `files`")
-    return [Study(await file.read(), file.content_type or "") for file in files]
+        Raises:
+            Refused: 413 ``too_large``, 415 ``content_type``, 400 ``multipart``, 503 ``busy``.
+        """
+        held, most = 0, self._limits.max_batch_bytes
+
+        async def counted() -> AsyncGenerator[bytes, None]:
+            nonlocal held
+            async for part in request.stream():
+                held, self._held = held + len(part), self._held + len(part)
+                if held > most:
+                    raise too_large(most)
+                if self._held > self._limits.batches_bytes:
+                    raise Refused(503, "busy", "other batches take up the memory; try again later")
+                yield part
+
+        require_type(request, "multipart/form-data")
+        try:
+            yield await self._parsed(request, counted())
+        finally:
+            self._held -= held
+
+    async def _parsed(self, request: Request, body: AsyncGenerator[bytes, None]) -> list[Study]:
+        most = self._limits.max_files
+        needed = Refused(400, "multipart", f"is no multipart body of 1 to {most} files named `files`")
+        try:
+            form = await _InMemory(request.headers, body, max_files=most, max_fields=0).parse()
+        except (MultiPartException, ValueError, KeyError):
+            raise needed from None
+        studies = []
+        for name, file in form.multi_items():
+            if name == "files" and not isinstance(file, str):
+                studies.append(Study(await file.read(), file.content_type or ""))
+                await file.close()  # frees its copy before the next one is made
+        if not studies:
+            raise needed
+        return studies
 
 
 def _check_pixels(content: bytes, kind: str, most: int) -> None:
@@ -131,8 +166,12 @@ def _check_pixels(content: bytes, kind: str, most: int) -> None:
     Raises:
         Refused: 413 ``too_large``.
     """
+    from PIL import Image
+
     try:
         rows, columns = _npy_shape(content) if kind == NPY else _picture_shape(content)
+    except Image.DecompressionBombError:  # more than Pillow itself takes
+        raise Refused(413, "too_large", f"has more than {most} pixels") from None
     except Exception:  # header readers raise whatever broken bytes make them
         return
     if rows * columns > most:

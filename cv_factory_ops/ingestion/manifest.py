@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,26 +133,25 @@ def read_images(folder: Path) -> Iterator[tuple[str, NDArray[np.uint16]]]:
 
 def image_groups(folder: Path) -> list[pd.DataFrame]:
     """The manifest in pieces of neighbouring images, as :func:`read_group` takes them."""
-    columns = ["id", "rows", "columns", "channels", "file", "offset", "bytes"]
-    manifest = read_manifest(folder)[columns]
+    columns = ["id", "rows", "columns", "channels", "file", "offset", "bytes", "mask_offset", "mask_bytes"]
+    manifest = read_manifest(folder).filter(columns)
     return [manifest[start : start + GROUP] for start in range(0, len(manifest), GROUP)]
 
 
 def read_group(folder: Path, group: pd.DataFrame) -> Iterator[tuple[str, NDArray[np.uint16]]]:
     """Id and pixels of each row of a piece of the manifest; different pieces may be read by different threads."""
-    for name, rows in group.groupby("file", sort=False):
-        shapes = [
-            (row.rows, row.columns) if row.channels == 1 else (row.rows, row.columns, row.channels) for row in rows.itertuples()
-        ]
-        places = list(zip(rows["offset"], rows["bytes"], shapes, strict=True))
-        yield from zip(rows["id"], read_pixels(folder / str(name), places), strict=True)
+    for name, rows in groupby(group.itertuples(), attrgetter("file")):
+        of_file = list(rows)
+        shapes = [(row.rows, row.columns, row.channels)[: 2 if row.channels == 1 else 3] for row in of_file]
+        places = [(row.offset, row.bytes, shape) for row, shape in zip(of_file, shapes, strict=True)]
+        yield from zip((row.id for row in of_file), read_pixels(folder / name, places), strict=True)
 
 
 def read_masks(folder: Path, rows: pd.DataFrame) -> Iterator[NDArray[np.uint8]]:
     """The mask of each of these rows of the manifest, in their order: (rows, columns), the class of each pixel."""
-    for row in rows.itertuples():
-        [pixels] = read_pixels(folder / str(row.file), [(row.mask_offset, row.mask_bytes, (row.rows, row.columns))])
-        yield as_classes(pixels)
+    for name, of_file in groupby(rows.itertuples(), attrgetter("file")):
+        places = [(row.mask_offset, row.mask_bytes, (row.rows, row.columns)) for row in of_file]
+        yield from map(as_classes, read_pixels(folder / name, places))
 
 
 def as_levels_of(mask: NDArray[np.uint8]) -> NDArray[np.uint16]:

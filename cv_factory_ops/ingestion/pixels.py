@@ -72,7 +72,7 @@ class PixelWriter:
         Raises:
             Unavailable, DataError: what came before could not be written.
         """
-        content = _smallest(pixels).data.cast("B")
+        content = _smallest(np.ascontiguousarray(pixels, "<u2")).data.cast("B")
         place = Place(self._path.name, self._start + self._filled, len(content))
         taken = 0
         while taken < len(content):
@@ -157,7 +157,7 @@ def _smallest(pixels: NDArray[np.uint16]) -> NDArray[np.unsignedinteger]:
     """Images of 8 bits, scaled to 16, as 8 bits again; nothing else is packed: that would cost more time than decoding."""
     if _has_8_bits(pixels[len(pixels) // 2]) and _has_8_bits(pixels):
         return (pixels & 255).astype(np.uint8)
-    return np.ascontiguousarray(pixels, "<u2")
+    return pixels
 
 
 def _has_8_bits(pixels: NDArray[np.uint16]) -> bool:

@@ -72,7 +72,7 @@ class Validated:
         pixels, mask = image.image, None
         if item.mask:
             try:
-                classes = read_mask(item.mask.uri, self._domain, pixels.shape[:2], len(labels))
+                classes = read_mask(item.mask.uri, self._domain, image, labels)
             except Rejected as error:
                 return Refusal(id, error.code, str(error))
             place = self._pixels.append(as_levels_of(classes))

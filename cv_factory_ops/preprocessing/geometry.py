@@ -96,6 +96,11 @@ class Axis:
         places: NDArray[np.int64] = np.floor(self.begin + (np.arange(self.count) + 0.5) * self.step).astype(np.int64)
         return places
 
+    def seen(self, length: int) -> NDArray[np.int64]:
+        """(count,) how many of the image's pixels each prepared one answers for."""
+        at = self.targets(length)
+        return np.bincount(at[(at >= 0) & (at < self.count)], minlength=self.count)
+
     def targets(self, length: int) -> NDArray[np.int64]:
         """(length,) the prepared pixel that the middle of each one of the image lies in; outside of 0..count there is none."""
         places: NDArray[np.int64] = np.floor((np.arange(length) + 0.5 - self.begin) / self.step).astype(np.int64)
@@ -124,6 +129,10 @@ class Geometry:
                 counts, spacing = extent(step, (rows.count, columns.count), spacing)
                 rows, columns = rows.through(step, counts[0]), columns.through(step, counts[1])
         return cls(shape, rows.resampled(config.size), columns.resampled(config.size))
+
+    def weights(self) -> NDArray[np.int64]:
+        """(size, size) how many pixels of the image take their answer from each one of the model's input: none from padding."""
+        return np.outer(self.rows.seen(self.shape[0]), self.columns.seen(self.shape[1]))
 
     def prepare(self, mask: Mask) -> Mask:
         """The mask of the image as that of the model's input, by the nearest pixel; 0, background, where there is padding."""

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -53,8 +54,6 @@ def run(stage: Stage) -> PreprocessRecord:
     image = [settings.size, settings.size] + ([3] if stage.config.decoding.channels == 3 else [])
     masks = stage.config.task == "segmentation"
     counts = write_shards(stage.out, folder, settings, image)
-    if masks:
-        write_masks(stage.out, folder, settings, image)
     index = shards.write_index(stage.out, counts, image, masks)
     (stage.out / JOURNAL).unlink()
     mean, std = moments(shards.open_split(stage.out, "train"))
@@ -70,7 +69,7 @@ def run(stage: Stage) -> PreprocessRecord:
 
 
 def write_shards(out: Path, folder: Path, config: PreprocessingConfig, image: Sequence[int]) -> dict[str, int]:
-    """Prepare what an earlier try has not; returns the number of images of each split.
+    """Prepare what an earlier try has not, masks with their images; returns the number of images of each split.
 
     Raises:
         DataError: images cannot be prepared as declared.
@@ -78,14 +77,16 @@ def write_shards(out: Path, folder: Path, config: PreprocessingConfig, image: Se
     # Sorted: the order in which captures arrived must not change what is trained.
     by_id = read_manifest(folder).sort_values("id")
     splits = {str(split): rows.reset_index(drop=True) for split, rows in by_id.groupby("split", sort=True)}
-    arrays = {}
+    arrays, places = list[Images](), dict[str, _Place]()
     for split, rows in splits.items():
         rows.to_parquet(out / f"{split}.parquet", index=False)
-        arrays[split] = shards.create(out, split, len(rows), image)
-    places = {row_id: (arrays[split], i) for split, rows in splits.items() for i, row_id in enumerate(rows["id"])}
+        kinds = (False, True) if "mask_offset" in rows else (False,)
+        of_split = [shards.create(out, split, len(rows), image, masks) for masks in kinds]
+        arrays += of_split
+        places |= {row_id: _Place(i, *of_split) for i, row_id in enumerate(rows["id"])}
     work = partial(_prepare_group, folder, config, places, spacings(by_id), tuple(image))
     groups = {storage.text_digest("\n".join(group["id"])): group for group in image_groups(folder)}
-    with _journal(out / JOURNAL, list(arrays.values())) as journal:
+    with _journal(out / JOURNAL, arrays) as journal:
         todo = {key: group for key, group in groups.items() if key not in journal.done}
         if len(todo) < len(groups):
             log.info("preprocess: going on, %d of %d groups of images are done", len(groups) - len(todo), len(groups))
@@ -94,14 +95,12 @@ def write_shards(out: Path, folder: Path, config: PreprocessingConfig, image: Se
     return {split: len(rows) for split, rows in splits.items()}
 
 
-def write_masks(out: Path, folder: Path, config: PreprocessingConfig, image: Sequence[int]) -> None:
-    """Move the masks of all splits as their images were moved; where there are masks, every image has one."""
-    for split, rows in read_manifest(folder).sort_values("id").groupby("split", sort=True):
-        array, known = shards.create(out, str(split), len(rows), image, masks=True), spacings(rows)
-        masks = with_progress(zip(rows["id"], read_masks(folder, rows), strict=True), len(rows), f"masks of {split}")
-        for index, (row_id, mask) in enumerate(masks):
-            array.put(index, Geometry.of((mask.shape[0], mask.shape[1]), config, known[row_id]).prepare(mask))
-        array.flush()
+class _Place(NamedTuple):
+    """Where a prepared image goes, and its mask."""
+
+    number: int
+    images: Images
+    masks: Images | None = None
 
 
 class Journal:
@@ -155,14 +154,15 @@ def _in_threads(work: Callable[[pd.DataFrame], None], todo: dict[str, pd.DataFra
 def _prepare_group(
     folder: Path,
     config: PreprocessingConfig,
-    places: Mapping[str, tuple[Images, int]],
+    places: Mapping[str, _Place],
     known: Mapping[str, Spacing],
     shape: tuple[int, ...],
     group: pd.DataFrame,
 ) -> None:
     refused: list[tuple[str, Rejected]] = []
-    for row_id, pixels in read_group(folder, group):
-        array, index = places[row_id]
+    masks = read_masks(folder, group) if "mask_offset" in group else repeat(None)
+    for (row_id, pixels), mask in zip(read_group(folder, group), masks, strict=False):
+        place = places[row_id]
         try:
             prepared = prepare(pixels, config, known[row_id])
         except Rejected as error:
@@ -170,7 +170,9 @@ def _prepare_group(
             continue
         if prepared.shape != shape:
             raise DataError(f"{row_id}: becomes {prepared.shape}, expected was {shape}; run `cvf ingest --force`")
-        array.put(index, prepared)
+        place.images.put(place.number, prepared)
+        if mask is not None and place.masks:
+            place.masks.put(place.number, Geometry.of((mask.shape[0], mask.shape[1]), config, known[row_id]).prepare(mask))
     if refused:
         ids, first = ", ".join(row_id for row_id, _ in refused[:3]), refused[0][1]
         cure = "; data.validation.required: [spacing] keeps such images out" if first.code == "no_spacing" else ""
@@ -181,6 +183,13 @@ def spacings(rows: pd.DataFrame) -> dict[str, Spacing]:
     """By id: row and column spacing in mm, None where one is not known."""
     found = zip(rows["id"], rows["row_spacing"], rows["column_spacing"], strict=True)
     return {row_id: (row, column) if row > 0 and column > 0 else None for row_id, row, column in found}
+
+
+def geometries(rows: pd.DataFrame, config: PreprocessingConfig) -> Iterator[Geometry]:
+    """Of each of these rows of the manifest, in their order."""
+    known = spacings(rows)
+    for row_id, height, width in zip(rows["id"], rows["rows"], rows["columns"], strict=True):
+        yield Geometry.of((height, width), config, known[row_id])
 
 
 def moments(images: Images) -> tuple[float, float]:

@@ -37,7 +37,7 @@ from cv_factory_ops.answers import Answer, SegmentedPrediction
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import ExplanationMethod
 from cv_factory_ops.domain import Decoded, open_domain
-from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected
+from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected, without_values
 from cv_factory_ops.explainer import Explainer, as_study
 from cv_factory_ops.predictor import Input, Predictor
 from cv_factory_ops.segmentation import mask_of
@@ -146,7 +146,7 @@ class Container:
         except ConfigError as error:
             return self._refusal(400, "custom_attributes", str(error))
         except Exception as error:  # the sender learns no more than the kind, the log no more than where
-            log.exception("invocations: unexpected %s", type(error).__name__, exc_info=_without_values(error))
+            log.exception("invocations: unexpected %s", type(error).__name__, exc_info=without_values(error))
             return self._refusal(500, "internal", f"unexpected {type(error).__name__}")
 
     async def _answered(self, asked: Asked) -> Response:
@@ -232,11 +232,6 @@ def _load(bundle_dir: Path, settings: ServingSettings) -> tuple[Predictor, Metri
         raise
     except Exception as error:  # safetensors, torch and numpy each have errors of their own
         raise DataError(f"{bundle_dir}: cannot be loaded as a model bundle ({type(error).__name__})") from error
-
-
-def _without_values(error: Exception) -> BaseException:
-    """The same place in the code with a message that quotes nothing of the request."""
-    return RuntimeError(type(error).__name__).with_traceback(error.__traceback__)
 
 
 def _stop_at_end_of_stdin() -> None:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 import cv_factory_ops
+from cv_factory_ops import segmentation
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, missing_to_nan
 from cv_factory_ops.calibration import fit_temperature, least_confidence, operating_point, tempered
 from cv_factory_ops.config import CalibrationConfig
@@ -21,6 +22,7 @@ from cv_factory_ops.metrics import Labels, Scores
 from cv_factory_ops.models import Classifier, Segmenter
 from cv_factory_ops.predictor import features, in_batches, infer, told
 from cv_factory_ops.preprocessing.embedders import Embedder, fit_embedder
+from cv_factory_ops.preprocessing.preprocess import geometries
 from cv_factory_ops.preprocessing.shards import read_rows
 from cv_factory_ops.preprocessing.statistics import image_statistics
 from cv_factory_ops.training.data import Shard
@@ -45,7 +47,7 @@ def write_bundle(assignment: Assignment, network: Classifier, device: torch.devi
     learned = np.concatenate([embedding for _, embedding in in_batches(network, train.images.every(step), embedder)])
     pca = fit_pca(learned, config.training.embedding_components)
     if isinstance(network, Segmenter):
-        (temperature, threshold, abstention), (answers, embedding) = UNCALIBRATED, _answers(network, val, embedder)
+        (temperature, threshold, abstention), (answers, embedding) = UNCALIBRATED, _answers(assignment, network, val, embedder)
     else:
         probabilities, embedding = infer(network, val.images, embedder)
         temperature, threshold, abstention = calibrate(val.labels, probabilities, config.calibration)
@@ -74,12 +76,13 @@ def write_bundle(assignment: Assignment, network: Classifier, device: torch.devi
 
 
 def _answers(
-    network: Classifier, shard: Shard, embedder: Embedder | None
+    assignment: Assignment, network: Classifier, val: Shard, embedder: Embedder | None
 ) -> tuple[list[dict[str, float]], NDArray[np.float32]]:
-    """What the answers to a split say of themselves, and its embedding, without keeping the answers."""
+    """What the segmentations of the validation split say of themselves, and its embedding, without keeping the answers."""
     answers, embeddings = [], []
-    for probabilities, embedding in in_batches(network, shard.images, embedder):
-        answers += [told(each) for each in probabilities]
+    places = geometries(read_rows(assignment.shards, "val"), assignment.config.preprocessing)
+    for probabilities, embedding in in_batches(network, val.images, embedder):
+        answers += [segmentation.told(each, next(places).weights()) for each in probabilities]
         embeddings.append(embedding)
     return answers, np.concatenate(embeddings)
 
@@ -109,7 +112,7 @@ def reference_table(
     assignment: Assignment, shard: Shard, answers: Sequence[Mapping[str, float]], components: NDArray[np.float64]
 ) -> tuple[pd.DataFrame, dict[str, Kind]]:
     """The features of a split's images, and the kind of each; metadata that no image has is left out. ``answers`` are those of
-    :func:`cv_factory_ops.predictor.told`.
+    :func:`cv_factory_ops.predictor.told` or :func:`cv_factory_ops.segmentation.told`.
 
     One image a patient: the tests that drift is found by hold for independent rows.
     """
@@ -119,7 +122,7 @@ def reference_table(
     metadata = rows[[f"meta_{name}" for name in known]].set_axis(known, axis=1).astype(object)
     metadata = metadata.where(metadata.notna(), None)
     table = [
-        features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i], answers[int(i)])
+        {**features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i]), **answers[int(i)]}
         for i in np.flatnonzero((rows["patient"] == "") | ~rows["patient"].duplicated())
     ]
     kinds: dict[str, Kind] = dict.fromkeys(table[0], "number")

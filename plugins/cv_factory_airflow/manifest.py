@@ -111,7 +111,7 @@ def require_reachable(project: ProjectConfig, runtime: KubernetesRuntime, stage:
             f"training.processes_per_node: {project.training.processes_per_node} given, "
             f"the pods have gpus: {pod.gpus}; allowed: one process for each GPU"
         )
-    if stage in {"deploy", "verify"} and isinstance(project.deploy, LocalDeploy):
+    if stage in {"deploy", "verify", "promote"} and isinstance(project.deploy, LocalDeploy):
         url = pod.env.get("AWS_ENDPOINT_URL_SAGEMAKER") or project.deploy.url
         if urlsplit(url).hostname in {"127.0.0.1", "localhost"}:
             raise ConfigError(f"deploy.url: {url} is another machine to a pod; set it to an address that pods reach")

@@ -309,12 +309,13 @@ class ApproveOperator(StageOperator):
     ui_color = "#fdeecb"
     template_fields = (*StageOperator.template_fields, "answer")
 
-    def __init__(self, *, asked: str, **kwargs: Any) -> None:
+    def __init__(self, *, asked: str, assignees: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         answer = f"ti.xcom_pull(task_ids='{asked}')"
+        user = f"{answer}['responded_by_user']"  # assignees are ids, which an auth manager may give other names
         self.answer = {
             "choice": f"{{{{ {answer}['chosen_options'][0] }}}}",
-            "--by": f"{{{{ {answer}['responded_by_user']['name'] }}}}",
+            "--by": f"{{{{ {user}['id'] if {user}['id'] in {list(assignees)} else {user}['name'] }}}}",
             "--at": f"{{{{ {answer}['responded_at'] }}}}",
             "--note": f"{{{{ {answer}['params_input'].get('note') or '' }}}}",
         }

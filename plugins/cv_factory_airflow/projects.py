@@ -133,7 +133,7 @@ def approval(config: ApprovalConfig, settings: Mapping[str, Any] | None) -> tupl
         execution_timeout=None,
         retries=0,
     )
-    return ask, ApproveOperator(task_id="approve", asked=ask.task_id, settings=settings)
+    return ask, ApproveOperator(task_id="approve", asked=ask.task_id, assignees=config.assignees, settings=settings)
 
 
 QUESTION = """{{ ti.xcom_pull(task_ids='gate')['summary'] }}.

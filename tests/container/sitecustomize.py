@@ -1,7 +1,7 @@
 """A container that starts in no time: with this folder in PYTHONPATH, ``cvf serve`` answers from the model's environment.
 
-STUB_STATUS is the status of ``/invocations``, STUB_DELAY and STUB_PING_DELAY are the seconds that an answer, and the first
-``/ping``, take; STUB_SHIFT is added to every probability. An image's probability is its mean.
+CVF_STUB_STATUS is the status of ``/invocations``, CVF_STUB_DELAY and CVF_STUB_PING_DELAY are the seconds that an answer, and
+the first ``/ping``, take; CVF_STUB_SHIFT is added to every probability. An image's probability is its mean.
 """
 
 import io
@@ -28,7 +28,7 @@ def scores(body: bytes, content_type: str) -> list[float]:
         images = [np.asarray(image) for image in json.loads(body)["instances"]]
     else:
         return []
-    return [float(image.mean()) + float(os.environ.get("STUB_SHIFT", "0")) for image in images]
+    return [float(image.mean()) + float(os.environ.get("CVF_STUB_SHIFT", "0")) for image in images]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -36,17 +36,17 @@ class Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and body in one packet: two would wait for each other
 
     def do_GET(self) -> None:
-        time.sleep(max(0.0, STARTED + float(os.environ.get("STUB_PING_DELAY", "0")) - time.monotonic()))
+        time.sleep(max(0.0, STARTED + float(os.environ.get("CVF_STUB_PING_DELAY", "0")) - time.monotonic()))
         self.reply(200, b"")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        time.sleep(float(os.environ.get("STUB_DELAY", "0")))
+        time.sleep(float(os.environ.get("CVF_STUB_DELAY", "0")))
         found = [
             {"scores": {"normal": 1 - score, "opacity": score}} for score in scores(body, self.headers.get("content-type", ""))
         ]
         answer = {"bundle_digest": DIGEST, "predictions": found, "process": os.getpid()}
-        self.reply(int(os.environ.get("STUB_STATUS", "200")), json.dumps(answer).encode())
+        self.reply(int(os.environ.get("CVF_STUB_STATUS", "200")), json.dumps(answer).encode())
 
     def reply(self, status: int, body: bytes) -> None:
         self.send_response(status)
