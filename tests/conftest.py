@@ -33,7 +33,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CVF_HOME", str(tmp_path))
     monkeypatch.setenv("CVF_PSEUDONYM_KEY", "a key for tests")
     for name in ("CVF_STORAGE", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL_SAGEMAKER", "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what libraries set in a test (MLflow does) is undone after it
+        monkeypatch.delenv(name)
     return tmp_path
 
 

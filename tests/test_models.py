@@ -112,7 +112,8 @@ def close(left: Tensor, right: Tensor) -> bool:
 
 
 def test_every_kind_is_tested_here() -> None:
-    assert set(MODELS) == {model.model_fields["kind"].default for model in get_args(get_args(Model)[0])}
+    kinds = {model.model_fields["kind"].default for model in get_args(get_args(Model)[0])}
+    assert set(MODELS) == kinds - {"unet"}  # of segmentations: tests/test_segmentation.py
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -529,7 +529,9 @@ def test_a_bundle_of_several_networks_answers_with_the_weighted_mean(project: Pr
         expected += weight * softmax(scaled, axis=1)
         embeddings.append(embedding.numpy())
     found, embedding = predictor.forward(images[np.arange(len(val))])
-    assert found == pytest.approx(tempered(expected, bundle.manifest.temperature), abs=1e-6)
+    # Probabilities are kept in float32, and a temperature below 1 magnifies their rounding.
+    temperature = bundle.manifest.temperature
+    assert found == pytest.approx(tempered(expected, temperature), abs=1e-6 / min(temperature, 1))
     assert embedding == pytest.approx(np.concatenate(embeddings, axis=1), abs=1e-6)
     with pytest.raises(ConfigError, match=r"model.kind: 'ensemble' given"):
         load(project(model=bundle.manifest.model.model_dump(mode="json")))
