@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 GROUP = 64
 """Images that are read at a time."""
+TOGETHER = 2048
+"""Rows that are written at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +98,20 @@ def write_manifest(folder: Path, rows: Sequence[Row], metadata: Mapping[str, Kin
         schema += [pa.field("mask_offset", pa.int64()), pa.field("mask_bytes", pa.int64())]
         schema += [pa.field("mask_digest", pa.string())]
     schema += [pa.field(f"meta_{name}", pa.float64() if kind == "number" else pa.string()) for name, kind in metadata.items()]
-    table = [
+    ordered = sorted(rows, key=lambda row: (row.place.file, row.place.offset))
+    with pq.ParquetWriter(folder / "manifest.parquet", pa.schema(schema)) as writer:
+        for start in range(0, max(len(ordered), 1), TOGETHER):
+            table = [_columns(row, plain, metadata) for row in ordered[start : start + TOGETHER]]
+            writer.write_table(pa.Table.from_pylist(table, pa.schema(schema)))
+
+
+def _columns(row: Row, plain: Iterable[str], metadata: Iterable[str]) -> dict[str, Any]:
+    return (
         {name: getattr(row, name) for name in plain}
         | {"file": row.place.file, "offset": row.place.offset, "bytes": row.place.bytes}
         | _mask_columns(row.mask)
         | {f"meta_{name}": row.metadata.get(name) for name in metadata}
-        for row in sorted(rows, key=lambda row: (row.place.file, row.place.offset))
-    ]
-    pq.write_table(pa.Table.from_pylist(table, pa.schema(schema)), folder / "manifest.parquet")
+    )
 
 
 def _mask_columns(mask: StoredMask | None) -> dict[str, Any]:
