@@ -233,13 +233,13 @@ def train(stack: Stack, inputs: Path, start: Callable[..., Task], request: pytes
 
 
 @pytest.fixture
-def endpoint(stack: Stack, folder: Path) -> Iterator[str]:
+def endpoint(folder: Path) -> Iterator[str]:
     """A SageMaker-compatible endpoint on the one address of this machine that pods reach."""
     host = address()
     with socket.create_server((host, 0)) as probe:
         port = probe.getsockname()[1]
     command = [Path(sys.executable).with_name("cvf"), "endpoint", "--state", folder / "endpoint", "--host", host]
-    command += ["--files", stack.home]
+    command += ["--files", folder]
     server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         until(lambda: listens(host, port))
