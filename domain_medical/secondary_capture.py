@@ -44,6 +44,30 @@ _OF_TODAY = (
 )
 
 
+REFERENCE = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
+"""What a reference to an image names."""
+
+
+def referable(data: bytes, *needed: str) -> FileDataset:
+    """A de-identified study that others can refer to by these UIDs.
+
+    Raises:
+        Rejected: ``identified``, ``no_uid``, or a code of :func:`domain_medical.dicom.read`.
+    """
+    require_deidentified(data)
+    study = read(data)
+    for keyword in needed:
+        if not text(study, keyword):
+            raise Rejected("no_uid", f"{keyword} is missing: nothing can refer to the study")
+    return study
+
+
+def date_content(document: Dataset, study: Dataset) -> None:
+    """ContentDate and ContentTime, where they must not be empty (type 1), as the study has them."""
+    document.ContentDate = text(study, "ContentDate") or text(study, "StudyDate") or "19000101"
+    document.ContentTime = text(study, "ContentTime") or text(study, "StudyTime") or "000000"
+
+
 def secondary_capture(data: bytes, overlay: NDArray[np.uint8], description: str, software: Sequence[str]) -> bytes:
     """A DICOM file with a picture (rows, columns, 3), in a series of its own of the study that it was made from.
 
@@ -54,11 +78,7 @@ def secondary_capture(data: bytes, overlay: NDArray[np.uint8], description: str,
     Raises:
         Rejected: ``identified``, ``no_uid``, or a code of :func:`domain_medical.dicom.read`.
     """
-    require_deidentified(data)
-    study = read(data)
-    for keyword in ("StudyInstanceUID", "SOPClassUID", "SOPInstanceUID"):
-        if not text(study, keyword):
-            raise Rejected("no_uid", f"{keyword} is missing: nothing can refer to the study")
+    study = referable(data, "StudyInstanceUID", "SOPClassUID", "SOPInstanceUID")
     name = "\n".join([text(study, "SOPInstanceUID") or "", description, *software])
     capture = SCImage(
         overlay,

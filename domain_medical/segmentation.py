@@ -17,9 +17,17 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
 
 from cv_factory_ops.errors import Rejected
-from domain_medical.deidentify import require_deidentified
-from domain_medical.dicom import read, remapped_uid, silence_warnings, text
-from domain_medical.secondary_capture import MANUFACTURER, SERIES_NUMBER, belong, uid, written
+from domain_medical.dicom import remapped_uid, silence_warnings, text
+from domain_medical.secondary_capture import (
+    MANUFACTURER,
+    REFERENCE,
+    SERIES_NUMBER,
+    belong,
+    date_content,
+    referable,
+    uid,
+    written,
+)
 
 DESCRIPTION = "Segmentation by a model"
 REQUIRED = (
@@ -40,11 +48,7 @@ def segmentation(data: bytes, mask: NDArray[np.uint8], labels: Sequence[str], so
         Rejected: ``identified``, ``no_uid``, ``frames`` (there are several), ``mask_shape``, or a code of
             :func:`domain_medical.dicom.read`.
     """
-    require_deidentified(data)
-    study = read(data)
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID"):
-        if not text(study, keyword):
-            raise Rejected("no_uid", f"{keyword} is missing: nothing can refer to the study")
+    study = referable(data, *REFERENCE)
     shape = (int(study.Rows), int(study.Columns))
     if int(study.get("NumberOfFrames") or 1) != 1:
         raise Rejected("frames", "has several frames; a segmentation can be of one")
@@ -71,8 +75,7 @@ def segmentation(data: bytes, mask: NDArray[np.uint8], labels: Sequence[str], so
         omit_empty_frames=bool(mask.any()),
     )
     belong(found, study)
-    found.ContentDate = text(study, "ContentDate") or text(study, "StudyDate") or "19000101"  # type 1 here: never empty
-    found.ContentTime = text(study, "ContentTime") or text(study, "StudyTime") or "000000"
+    date_content(found, study)
     found.PatientOrientation = study.get("PatientOrientation")
     for item in (*found.DimensionOrganizationSequence, *found.DimensionIndexSequence):
         item.DimensionOrganizationUID = uid(f"dimensions\n{name}")

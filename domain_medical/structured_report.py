@@ -26,9 +26,17 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian
 
 from cv_factory_ops.errors import Rejected
-from domain_medical.deidentify import require_deidentified
-from domain_medical.dicom import number, read, text
-from domain_medical.secondary_capture import MANUFACTURER, SERIES_NUMBER, belong, uid, written
+from domain_medical.dicom import number, text
+from domain_medical.secondary_capture import (
+    MANUFACTURER,
+    REFERENCE,
+    SERIES_NUMBER,
+    belong,
+    date_content,
+    referable,
+    uid,
+    written,
+)
 from domain_medical.segmentation import REQUIRED
 
 SCHEME = "99CVF"
@@ -53,11 +61,7 @@ def structured_report(
         Rejected: ``identified``, ``no_uid``, ``sop_class`` (one that highdicom does not know), or a code of
             :func:`domain_medical.dicom.read`.
     """
-    require_deidentified(data)
-    study = read(data)
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID"):
-        if not text(study, keyword):
-            raise Rejected("no_uid", f"{keyword} is missing: nothing can refer to the study")
+    study = referable(data, *REFERENCE)
     answers = [f"{name}={score}" for name, score in scores.items()]
     name = "\n".join(["report", text(study, "SOPInstanceUID") or "", label, *answers, str(abstained), model, *software])
     try:
@@ -83,8 +87,7 @@ def structured_report(
     except KeyError:
         raise Rejected("sop_class", "is of a SOP class that no report can be made for") from None
     belong(report, study)
-    report.ContentDate = text(study, "ContentDate") or text(study, "StudyDate") or "19000101"  # type 1 here: never empty
-    report.ContentTime = text(study, "ContentTime") or text(study, "StudyTime") or "000000"
+    date_content(report, study)
     return written(report)
 
 

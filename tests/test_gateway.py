@@ -50,12 +50,12 @@ from cv_factory_ops.config import ApiKeys, ProjectConfig
 from cv_factory_ops.domain import Decoded
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.gateway.app import create_app
-from cv_factory_ops.gateway.endpoint import Breaker, Endpoint, RetryBudget
+from cv_factory_ops.gateway.endpoint import Breaker, Endpoint, NoAnswer, RetryBudget
 from cv_factory_ops.gateway.keys import KEY, make_key
 from cv_factory_ops.gateway.metrics import Metrics
-from cv_factory_ops.gateway.refused import NoAnswer, Refused
 from cv_factory_ops.ingestion.manifest import read_manifest
 from cv_factory_ops.predictor import Predictor
+from cv_factory_ops.server import Refused
 from cv_factory_ops.stage import run_stage
 from domain_medical import DOMAIN
 from domain_medical.synthetic import studies

@@ -22,7 +22,7 @@ from cv_factory_ops.config import Access, ApiKeys, GatewayConfig, JwtAccess, Ope
 from cv_factory_ops.domain import pseudonym
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.gateway.keys import KeyRing
-from cv_factory_ops.gateway.refused import Refused
+from cv_factory_ops.server import Refused
 
 
 class Tokens:

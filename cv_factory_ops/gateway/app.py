@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,7 +30,6 @@ from cv_factory_ops.gateway.access import Gate, scheme
 from cv_factory_ops.gateway.endpoint import SERVING, Endpoint, Reply
 from cv_factory_ops.gateway.metrics import CONTENT_TYPE_LATEST, Metrics
 from cv_factory_ops.gateway.observed import Observed, refusal
-from cv_factory_ops.gateway.refused import Refused
 from cv_factory_ops.gateway.schema import (
     Explained,
     Feedback,
@@ -41,12 +40,13 @@ from cv_factory_ops.gateway.schema import (
     Stored,
 )
 from cv_factory_ops.gateway.studies import Batches, Intake, Study, read_study, require_type
-from cv_factory_ops.server import listen, run
+from cv_factory_ops.server import Refused, listen, run
 
 TOGETHER = 8
 """Studies of a batch that are under way at a time: one caller's batch leaves room for others."""
 LABELS_BYTES = 1 << 20
 """Of a body of late labels: a thousand of them, several times over."""
+Body = TypeVar("Body", Answer, ExplainedAnswer)
 Method = Literal["grad_cam", "integrated_gradients", "lime", "shap"]
 REASONS = {
     400: "It cannot be used; `identified`: it is not de-identified",
@@ -133,12 +133,8 @@ class _Gateway:
     async def predicted(self, study: Study) -> Predicted:
         """The answer for one study."""
         inference_id, reply = await self.ask(study)
-        try:
-            answer = Answer.model_validate_json(reply.body)
-            [prediction] = answer.predictions
-        except (ValidationError, ValueError):
-            raise _not_understood() from None
-        return Predicted(inference_id=inference_id, prediction=prediction, bundle_digest=answer.bundle_digest)
+        answer = _understood(Answer, reply)
+        return Predicted(inference_id=inference_id, prediction=answer.predictions[0], bundle_digest=answer.bundle_digest)
 
     async def predicted_batch(self, studies: list[Study]) -> PredictedBatch:
         """The answers for several; where not even one could be asked for, the reason of the first."""
@@ -164,12 +160,8 @@ class _Gateway:
         inference_id, reply = await self.ask(study, accept, method)
         if wants_study:
             return Response(reply.body, media_type=accept, headers={"X-Inference-Id": inference_id})
-        try:
-            answer = ExplainedAnswer.model_validate_json(reply.body)
-            [prediction] = answer.predictions
-        except (ValidationError, ValueError):
-            raise _not_understood() from None
-        return Explained(inference_id=inference_id, prediction=prediction, bundle_digest=answer.bundle_digest)
+        answer = _understood(ExplainedAnswer, reply)
+        return Explained(inference_id=inference_id, prediction=answer.predictions[0], bundle_digest=answer.bundle_digest)
 
     async def store(self, labels: dict[str, str]) -> int:
         """Keep late labels; returns how many."""
@@ -296,8 +288,14 @@ def _feedback(body: bytes) -> Feedback:
         raise RequestValidationError([{**found, "loc": ("body", *found["loc"])} for found in error.errors()]) from None
 
 
-def _not_understood() -> Refused:
-    return Refused(502, "model_error", "the endpoint's answer is not as this gateway knows it")
+def _understood(kind: type[Body], reply: Reply) -> Body:
+    """The body of an answer for one study."""
+    try:
+        answer = kind.model_validate_json(reply.body)
+        [_] = answer.predictions
+    except ValueError:  # pydantic's as well
+        raise Refused(502, "model_error", "the endpoint's answer is not as this gateway knows it") from None
+    return answer
 
 
 async def _refused(_: Request, error: Exception) -> Response:

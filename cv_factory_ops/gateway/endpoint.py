@@ -29,7 +29,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.deploy.sagemaker import session
 from cv_factory_ops.gateway.metrics import CIRCUIT, Metrics
-from cv_factory_ops.gateway.refused import NoAnswer, Refused
+from cv_factory_ops.server import Refused
 
 SERVING = {"InService", "Updating", "SystemUpdating", "RollingBack"}
 """States of an endpoint in which it answers."""
@@ -44,6 +44,17 @@ class Reply(NamedTuple):
 
     body: bytes
     content_type: str
+
+
+class NoAnswer(Refused):
+    """The endpoint has not answered this try."""
+
+    def __init__(self, status: int, code: str, message: str, *, retriable: bool, outage: bool) -> None:
+        super().__init__(status, code, message)
+        self.retriable = retriable
+        """Another try may help, and does no harm."""
+        self.outage = outage
+        """It speaks for an endpoint that is not there, rather than for one that is busy."""
 
 
 class Breaker:

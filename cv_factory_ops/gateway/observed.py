@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_factory_ops.errors import without_values
 from cv_factory_ops.gateway.metrics import Metrics
-from cv_factory_ops.gateway.refused import Refused
+from cv_factory_ops.server import Refused
 
 log = logging.getLogger("cvf.gateway")
 

@@ -14,8 +14,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from cv_factory_ops.config import DeidentificationConfig, GatewayConfig, ProjectConfig
 from cv_factory_ops.domain import Domain, open_domain
 from cv_factory_ops.errors import Rejected
-from cv_factory_ops.gateway.refused import Refused
 from cv_factory_ops.ingestion.decode import PICTURES, SIGNATURES, UNKNOWN_TYPES, without_metadata
+from cv_factory_ops.server import Refused
 
 NPY = "application/x-npy"
 NPY_SIGNATURE = b"\x93NUMPY"

@@ -162,11 +162,6 @@ def read_masks(folder: Path, rows: pd.DataFrame) -> Iterator[NDArray[np.uint8]]:
         yield from map(as_classes, read_pixels(folder / name, places))
 
 
-def as_levels_of(mask: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """A mask as an image of 8 bits, which takes a byte a pixel where pixels are stored."""
-    return mask.astype(np.uint16) * np.uint16(257)
-
-
 def as_classes(pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """What :func:`as_levels_of` was given."""
+    """A mask from an image of 8 bits, which takes a byte a pixel where pixels are stored."""
     return (pixels & 255).astype(np.uint8)

@@ -15,7 +15,7 @@ from cv_factory_ops.config import Decoding, ValidationConfig
 from cv_factory_ops.domain import Decoded, Domain, open_domain
 from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
 from cv_factory_ops.ingestion.decode import as_levels, decode
-from cv_factory_ops.ingestion.manifest import Refusal, Row, StoredMask, as_levels_of
+from cv_factory_ops.ingestion.manifest import Refusal, Row, StoredMask
 from cv_factory_ops.ingestion.masks import read_mask
 from cv_factory_ops.ingestion.pixels import PixelWriter, pixel_digest
 from cv_factory_ops.ingestion.sources.item import Item, Ref
@@ -75,9 +75,10 @@ class Validated:
                 classes = read_mask(item.mask.uri, self._domain, image, labels)
             except Rejected as error:
                 return Refusal(id, error.code, str(error))
-            place = self._pixels.append(as_levels_of(classes))
+            levels = as_levels(classes)
+            place = self._pixels.append(levels)
             counts = np.bincount(classes.ravel(), minlength=len(labels))
-            mask = StoredMask(place, pixel_digest(as_levels_of(classes)), tuple(int(c) for c in np.flatnonzero(counts)))
+            mask = StoredMask(place, pixel_digest(levels), tuple(int(c) for c in np.flatnonzero(counts)))
             label = 1 + int(counts[1:].argmax()) if counts[1:].any() else 0
         row_spacing, column_spacing = image.spacing or (None, None)
         return Row(
