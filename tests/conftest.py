@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from cv_factory_ops import storage
+from tests.mock_kafka import MockCluster
 
 TINY: dict[str, Any] = {
     "project": "tiny",
@@ -82,6 +83,19 @@ def copy_run(prepared: Path, home: Path) -> str:
     for path in (home / "run").glob("*/result.json"):
         path.write_text(path.read_text().replace(str(prepared), str(home)))
     return (home / "run").as_uri()
+
+
+@pytest.fixture(scope="session")
+def brokers() -> Iterator[str]:
+    """Addresses of a mock Kafka cluster."""
+    with MockCluster() as cluster:
+        yield cluster.bootstrap_servers
+
+
+@pytest.fixture
+def topic(request: pytest.FixtureRequest) -> str:
+    """A topic of the test's own."""
+    return f"topic-{abs(hash(request.node.nodeid)) % 10**10}"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,33 +30,22 @@ from cv_factory_ops.kafka import Publisher
 from cv_factory_ops.storage import read_bytes
 from domain_medical import DOMAIN
 from domain_medical.synthetic import studies
+from tests.mock_kafka import MockCluster
 
 SETTINGS = DeidentificationConfig()
 Headers = dict[str, str | bytes | None]
-
-
-@pytest.fixture(scope="module")
-def brokers() -> Iterator[str]:
-    """Addresses of a mock cluster, which lives as long as the producer that made it."""
-    owner = Producer({"test.mock.num.brokers": 2, "log_level": 0})
-    yield ",".join(f"{broker.host}:{broker.port}" for broker in owner.list_topics(timeout=10).brokers.values())
-    del owner
-
-
-@pytest.fixture
-def topic(request: pytest.FixtureRequest) -> str:
-    """A topic of the test's own."""
-    return f"topic-{abs(hash(request.node.nodeid)) % 10**10}"
 
 
 @pytest.fixture
 def send(brokers: str, topic: str) -> Callable[..., None]:
     """Send values to a partition of the topic."""
 
-    def send(*values: bytes | None, partition: int = 0, headers: Headers | None = None, topic: str = topic) -> None:
-        producer = Producer({"bootstrap.servers": brokers, "message.max.bytes": 10_000_000, "log_level": 0})
+    def send(*values: bytes | None, partition: int = 0, headers: Headers | None = None, **where: str) -> None:
+        producer = Producer(
+            {"bootstrap.servers": where.get("brokers", brokers), "message.max.bytes": 10_000_000, "log_level": 0}
+        )
         for value in values:
-            producer.produce(topic, value, partition=partition, headers=headers or {}, key=b"a key")
+            producer.produce(where.get("topic", topic), value, partition=partition, headers=headers or {}, key=b"a key")
         assert producer.flush(10) == 0
 
     return send
@@ -232,13 +221,12 @@ class TestMessages:
         self, source: Callable[..., KafkaSource], inbox: Inbox, topic: str
     ) -> None:
         for value in (1, 2):
-            owner = Producer({"test.mock.num.brokers": 1, "log_level": 0})
-            [broker] = owner.list_topics(timeout=10).brokers.values()
-            owner.produce(topic, array(value), partition=0, timestamp=1_700_000_000_000 + value)
-            owner.flush(10)
-            again = Inbox(inbox.uri)
-            fetch(source(bootstrap_servers=f"{broker.host}:{broker.port}"), again)
-            del owner
+            with MockCluster() as cluster:
+                writer = Producer({"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0})
+                writer.produce(topic, array(value), partition=0, timestamp=1_700_000_000_000 + value)
+                assert writer.flush(10) == 0
+                again = Inbox(inbox.uri)
+                fetch(source(bootstrap_servers=cluster.bootstrap_servers), again)
         items = [item.id for item in again.items() if isinstance(item, Item)]
         assert sorted(read_bytes(f"{inbox.uri}/{name}") for name in items) == [array(1), array(2)]
         assert {place(name) for name in items} == {f"{topic}/0-0"}
@@ -340,23 +328,18 @@ class TestFailures:
         with pytest.raises(ConfigError, match="topic nowhere: is not there"):
             fetch(source(topic="nowhere"), inbox)
 
-    def test_brokers_that_go_away_are_told(self, source: Callable[..., KafkaSource], inbox: Inbox, topic: str) -> None:
-        owner = Producer({"test.mock.num.brokers": 1, "log_level": 0})
-        [broker] = owner.list_topics(timeout=10).brokers.values()
-        owner.produce(topic, array(0), partition=0)
-        owner.flush(10)
-        stop = threading.Event()
-
-        class Slow(Inbox):
+    def test_brokers_that_go_away_are_told(
+        self, source: Callable[..., KafkaSource], inbox: Inbox, topic: str, send: Callable[..., None]
+    ) -> None:
+        class Last(Inbox):
             def put(self, *given: Any, **more: Any) -> None:
-                nonlocal owner
                 super().put(*given, **more)
-                del owner  # and with it the cluster
-                stop.set()
+                cluster.kill()
 
-        with pytest.raises(Unavailable, match="Kafka does not answer"):
-            fetch(source(bootstrap_servers=f"{broker.host}:{broker.port}", timeout=5), Slow(inbox.uri))
-        assert stop.is_set()
+        with MockCluster() as cluster:
+            send(array(0), brokers=cluster.bootstrap_servers)
+            with pytest.raises(Unavailable, match="Kafka does not answer"):
+                fetch(source(bootstrap_servers=cluster.bootstrap_servers, timeout=5), Last(inbox.uri))
         assert len(Inbox(inbox.uri)) == 1
 
     @pytest.mark.parametrize(

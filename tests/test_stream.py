@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,6 @@ def champion(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Champion:
     found = Champion(version=1, bundle=bundle.path.as_uri(), bundle_digest=bundle.digest, test_digest="t", run_id="r")
     monkeypatch.setattr(registry, "champion", lambda _: found)
     return found
-
-
-@pytest.fixture(scope="module")
-def brokers() -> Iterator[str]:
-    """Address of a mock cluster, which lives as long as the producer that made it."""
-    owner = Producer({"test.mock.num.brokers": 1, "log_level": 0})
-    yield ",".join(f"{broker.host}:{broker.port}" for broker in owner.list_topics(timeout=10).brokers.values())
-    del owner
-
-
-@pytest.fixture
-def topic(request: pytest.FixtureRequest) -> str:
-    """A topic of the test's own."""
-    return f"topic-{abs(hash(request.node.nodeid)) % 10**10}"
 
 
 def config(brokers: str, topic: str, **source: Any) -> ProjectConfig:
