@@ -88,8 +88,16 @@ class Publisher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.flush()
+        try:
+            if error is None:
+                self.flush()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Drop what is not delivered; the client's threads end here, not wherever garbage is collected."""
+        self._producer.purge()
+        self._producer.close()
 
     def send(self, value: bytes | None, *, key: bytes | None = None, headers: Headers = ()) -> None:
         """Queue a message; waits while the queue is full.
@@ -169,6 +177,8 @@ class Member:
                 self.commit()
         finally:
             self._consumer.close()
+            if self._dead_letters:
+                self._dead_letters.close()
 
     def poll(self, seconds: float) -> Message | None:
         """The next message, or an event (its ``error()``) that does not end the reading; None where nothing comes in time.
