@@ -433,6 +433,28 @@ def test_nothing_of_the_engine_reports_its_use(bundle: Bundle) -> None:
     subprocess.run([sys.executable, "-c", code, bundle.path], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+FORGOTTEN = """
+import faulthandler, signal, sys, threading
+from pathlib import Path
+from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.serving.engine import open_engine
+from cv_factory_ops.serving.settings import ServingSettings
+
+faulthandler.enable()  # a signal stack of its own, as Python's handlers then use
+engines = [open_engine(Bundle.load(Path(sys.argv[1])), ServingSettings(threads=1))]
+other = threading.Thread(target=engines.clear)
+other.start()
+other.join()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_an_engine_that_another_thread_forgets_leaves_signals_alone(bundle: Bundle) -> None:
+    ended = subprocess.run([sys.executable, "-c", FORGOTTEN, bundle.path], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 7
+
+
 def test_settings_come_from_the_environment_and_wrong_ones_are_named() -> None:
     settings = ServingSettings.from_environment(
         {"CVF_BATCH_SIZE": "3", "OMP_NUM_THREADS": "2", "CVF_ENGINE": "torch", "HOME": "/"}

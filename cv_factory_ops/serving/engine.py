@@ -10,7 +10,8 @@ import sys
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from cv_factory_ops.predictor import Network
 from cv_factory_ops.serving.settings import ServingSettings
 
 if TYPE_CHECKING:
-    from openvino import CompiledModel
+    from openvino import CompiledModel, Core
 
 log = logging.getLogger("cvf")
 
@@ -90,7 +91,17 @@ def _compiled(network: Classifier, shape: tuple[int, int, int], threads: int) ->
         "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
         "ENABLE_CPU_PINNING": False,  # decoding runs beside it
     }
-    return openvino.Core().compile_model(model, "CPU", settings)
+    return _core().compile_model(model, "CPU", settings)
+
+
+@cache
+def _core() -> Core:
+    """OpenVINO for the life of the process.
+
+    Its CPU plugin gives the thread that loads it another signal stack (sigaltstack), and frees that from whichever thread drops
+    the last reference: after it the first signal would kill the process, be it the SIGTERM that asks it to drain.
+    """
+    return cast("Core", _openvino().Core())
 
 
 def _openvino() -> Any:
