@@ -121,7 +121,7 @@ def run_stage(stage: str, home: Path) -> dict[str, Any]:
 
 def row(seed: int, name: str, stages: dict[str, dict[str, Any]], seconds: float) -> None:
     counts, metrics = stages["preprocess"]["counts"], stages["evaluate"]["metrics"]
-    low, high = stages["evaluate"]["intervals"]["auc"]
+    low, high = stages["evaluate"]["intervals"]["test"]["auc"]
     numbers = [f"{metrics[key]:.3f}" for key in ("accuracy", "sensitivity", "specificity")]
     images = ", ".join(str(counts[split]) for split in ("train", "val", "test"))
     cells = [str(seed), name, images, f"{metrics['auc']:.3f} ({low:.3f} .. {high:.3f})", *numbers, f"{seconds / 60:.1f}"]

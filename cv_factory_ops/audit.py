@@ -104,6 +104,17 @@ def entries(config: ProjectConfig) -> Iterator[Entry]:
         expected = entry.digest
 
 
+def champion(config: ProjectConfig) -> Change | None:
+    """The newest change of the version that is champion, which names its bundle; None where the history knows no champion.
+
+    Raises:
+        DataError: as :func:`entries`.
+    """
+    changes = [entry.change for entry in entries(config)]
+    version = changes[-1].aliases.get("champion") if changes else None
+    return next((change for change in reversed(changes) if change.version == version), None)
+
+
 def verify(config: ProjectConfig, noted: str = "") -> list[Entry]:
     """The whole history, once it has been found unbroken; ``noted`` is the digest of an entry that it must hold.
 

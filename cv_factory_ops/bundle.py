@@ -92,6 +92,13 @@ class Pca:
         projected: NDArray[np.float64] = np.array([self.components @ row for row in centred])
         return projected.reshape(len(embedding), len(self.components))
 
+    def residual(self, embedding: NDArray[np.float32], projected: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(N,) length of what the components leave of an embedding (N, features), given what :meth:`transform` made of it: an
+        image unlike any that was learned may still lie between them in every component."""
+        centred = embedding.astype(np.float64) - self.mean
+        squares = [float(whole @ whole - part @ part) for whole, part in zip(centred, projected, strict=True)]
+        return np.sqrt(np.maximum(squares, 0.0))
+
 
 @dataclass(frozen=True)
 class Bundle:

@@ -3,6 +3,8 @@
 Captures are SageMaker's data-capture JSON Lines, under ``<project>/captures/<endpoint>/<variant>/<yyyy/mm/dd/hh>/``
 (https://docs.aws.amazon.com/sagemaker/latest/dg/model-monitor-data-capture.html). Late labels are JSON Lines under
 ``<project>/labels/``, joined to a capture by its inference id.
+
+Captures are read as a stream: one line is held at a time, and of a file only what was not read before.
 """
 
 from __future__ import annotations
@@ -11,17 +13,20 @@ import base64
 import binascii
 import json
 import logging
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.records import Reading
 
 log = logging.getLogger("cvf")
 
+HOUR = re.compile(r"\d{4}/(0[1-9]|1[0-2])/(0[1-9]|[12]\d|3[01])/([01]\d|2[0-3])")
 PROBE = "verify-"
 """Inference ids of the platform's own test requests begin with this; :func:`read` leaves those out."""
 
@@ -31,7 +36,7 @@ class Capture:
     """One request with its answer."""
 
     position: str
-    """Sortable place in the log, ``yyyy/mm/dd/hh/<file>#<line>``: reading ``after`` it goes on behind it."""
+    """Its place in the log, ``yyyy/mm/dd/hh/<variant>/<file>#<byte>``."""
     inference_id: str
     time: str
     content_type: str
@@ -63,18 +68,51 @@ def encode(
     return json.dumps(body, separators=(",", ":"))
 
 
-def read(config: ProjectConfig, after: str = "") -> Iterator[Capture]:
-    """Captures of the project's endpoint behind a position, oldest first; broken lines are skipped with a warning."""
-    root = f"{folder(config)}/{config.endpoint_name}"
-    names = {name.partition("/")[2]: name for name in storage.listing(root) if name.endswith(".jsonl")}
-    file_of_cursor = after.partition("#")[0]
-    for place in sorted(names):
-        if place < file_of_cursor:
-            continue
-        for number, line in enumerate(storage.read_bytes(f"{root}/{names[place]}").splitlines()):
-            position = f"{place}#{number:06d}"
-            if position > after and (capture := _decode(position, line)) and not capture.inference_id.startswith(PROBE):
+def skip(position: str, reason: str) -> None:
+    """A line that is no capture is passed over with a warning."""
+    log.warning("capture %s: skipped, not a capture record (%s)", position, reason)
+
+
+def read(config: ProjectConfig, broken: Callable[[str, str], None] = skip) -> Iterator[Capture]:
+    """All captures of the project's endpoint, oldest file first, without the platform's own test requests.
+
+    ``broken`` is told position and reason of each line that is no capture.
+    """
+    for file, start, end in unread(config, Reading()):
+        for _, capture in read_file(config, file, start, end, broken):
+            if capture:
                 yield capture
+
+
+def unread(config: ProjectConfig, since: Reading, until: Reading | None = None) -> Iterator[tuple[str, int, int]]:
+    """Files that have more than was read, oldest first: name, first byte to read and the one to end before; ``until``: what
+    came later is not looked at."""
+    for file, size in _files(config, since.floor):
+        start, end = since.of(file), min(size, until.of(file)) if until else size
+        if start < end:
+            yield file, start, end
+
+
+def read_file(
+    config: ProjectConfig, file: str, start: int, end: int, broken: Callable[[str, str], None] = skip
+) -> Iterator[tuple[int, Capture | None]]:
+    """Each line of a file, from one byte to another: the byte behind it, and its capture; None of a broken one or a probe."""
+    for offset, line in storage.read_lines(_uri(config, file), start):
+        if offset >= end:
+            return
+        capture = _decode(f"{file}#{offset}", line, broken) if line.strip() else None
+        yield offset + len(line) + 1, None if capture is None or capture.inference_id.startswith(PROBE) else capture
+
+
+def at(config: ProjectConfig, position: str) -> Capture | None:
+    """The capture at a position; None where there is none any more.
+
+    Raises:
+        DataError: its file is gone.
+    """
+    file, _, offset = position.partition("#")
+    _, line = next(storage.read_lines(_uri(config, file), int(offset)), (0, b""))
+    return _decode(position, line, skip)
 
 
 def add_labels(config: ProjectConfig, labels: Mapping[str, str]) -> str:
@@ -110,20 +148,37 @@ def _side(mode: str, content: bytes, content_type: str) -> dict[str, str]:
     return {"observedContentType": content_type, "mode": mode, "data": data, "encoding": encoding}
 
 
-def _decode(position: str, line: bytes) -> Capture | None:
+def _files(config: ProjectConfig, floor: str) -> list[tuple[str, int]]:
+    """Names, ``yyyy/mm/dd/hh/<variant>/<file>``, and sizes of all capture files of an hour and later, sorted."""
+    root = f"{folder(config)}/{config.endpoint_name}"
+    found = []
+    for variant in storage.folders(root):
+        for name, size in storage.sizes(f"{root}/{variant}", floor):
+            hour, _, file = name.rpartition("/")
+            if HOUR.fullmatch(hour) and file.endswith(".jsonl"):
+                found.append((f"{hour}/{variant}/{file}", size))
+    return sorted(found)
+
+
+def _uri(config: ProjectConfig, file: str) -> str:
+    hour, variant, name = file.rsplit("/", 2)
+    return storage.join(f"{folder(config)}/{config.endpoint_name}", f"{variant}/{hour}/{name}")
+
+
+def _decode(position: str, line: bytes, broken: Callable[[str, str], None]) -> Capture | None:
     try:
         item = json.loads(line)
         sides, event = item["captureData"], item["eventMetadata"]
         return Capture(
             position=position,
-            inference_id=event.get("inferenceId") or event["eventId"],
+            inference_id=str(event.get("inferenceId") or event["eventId"]),
             time=event["inferenceTime"],
             content_type=sides["endpointInput"]["observedContentType"],
             request=_content(sides["endpointInput"]),
             answer=_content(sides["endpointOutput"]),
         )
-    except (ValueError, KeyError, TypeError, binascii.Error) as error:
-        log.warning("capture %s: skipped, not a capture record (%s)", position, type(error).__name__)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
+        broken(position, type(error).__name__)
         return None
 
 

@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     rollback.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a setting; repeatable")
     _audit_arguments(commands)
     _stage_arguments(_add(commands, "run", "all stages of a training, one after the other", _run))
+    _project_arguments(_add(commands, "retrain", "the retraining that was decided last, where it is not done yet", _retrain))
     _config_arguments(commands)
     deidentify = _add(commands, "deidentify", "copy studies without identity, ready to be sent", _deidentify)
     deidentify.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a study, or a folder with studies")
@@ -91,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", required=True, type=Path, metavar="FILE", help=".png; or .dcm, of a DICOM study: a secondary capture beside it"
     )
     serve = _add(commands, "serve", "serve a bundle: /ping and /invocations (SageMaker's container contract)", _serve)
-    serve.add_argument("--model", default=os.environ.get("SM_MODEL_DIR", "/opt/ml/model"), help="bundle directory")
+    serve.add_argument("--model", type=Path, help="bundle directory; by default where SageMaker, Vertex AI or Azure ML put it")
     serve.add_argument("--host", default="0.0.0.0")  # noqa: S104 - a container serves its network
     serve.add_argument("--port", type=int, default=8080)
     gateway = _add(commands, "gateway", "the project's HTTP interface in front of its endpoint: /predict and others", _gateway)
@@ -103,6 +104,10 @@ def parser() -> argparse.ArgumentParser:
     key.add_argument("caller", metavar="NAME", help="whose key it is: small letters, digits and hyphens")
     stream = _add(commands, "stream", "answer the messages of one Kafka topic in another, until SIGTERM", _stream)
     _project_arguments(stream)
+    exporter = _add(commands, "exporter", "drift, decisions and champion of projects for Prometheus: /metrics", _exporter)
+    exporter.add_argument("--config", required=True, action="append", metavar="FILE", help="a project's YAML; repeatable")
+    exporter.add_argument("--host", default="127.0.0.1")
+    exporter.add_argument("--port", type=int, default=9109)
     endpoint = _add(commands, "endpoint", "the SageMaker-compatible endpoint of this machine", _endpoint)
     endpoint.add_argument("--state", default="var/endpoint", help="directory of its state")
     endpoint.add_argument("--host", default="127.0.0.1")
@@ -135,12 +140,15 @@ def _project_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _person_arguments(name: str, parser: argparse.ArgumentParser) -> None:
-    """What a person adds to the two stages that may wait for one."""
+    """What a person adds to the stages that may be told something by one."""
     if name == "approve":
         parser.add_argument("--by", required=True, metavar="NAME", help="who answers")
         parser.add_argument("--reject", action="store_true", help="the answer is no")
         parser.add_argument("--note", default="", metavar="TEXT", help="what that person says to it")
         parser.add_argument("--at", metavar="TIME", help="when it was answered, ISO 8601; by default now")
+    if name == "decide":
+        parser.add_argument("--why", metavar="TEXT", help="by hand: retrain for this reason, whatever the rules say")
+        parser.add_argument("--by", metavar="NAME", help="by hand: who asks for it; by default the login and this machine")
     if name == "promote":
         parser.add_argument("--to", type=int, metavar="VERSION", help="by hand: roll this version out, verify and promote it")
         parser.add_argument("--why", metavar="TEXT", help="by hand: the reason, for the history")
@@ -196,6 +204,32 @@ def _run(options: argparse.Namespace) -> int:
         for name in TRAINING:
             run_stage(name, config, as_uri(options.run), force=options.force)
     return 0
+
+
+def _retrain(options: argparse.Namespace) -> int:
+    """Nothing to do is fine, so that a schedule may ask at any time."""
+    from cv_factory_ops.config import load
+    from cv_factory_ops.drift.decisions import next_retraining
+    from cv_factory_ops.stage import STAGES, TRAINING, run_stage
+
+    with _ended_by_sigterm(options.name, max(STAGES[name].grace_seconds for name in TRAINING)):
+        config = load(options.config, ["data.include_captures=true", *options.set])
+        run, told = next_retraining(config, datetime.now(UTC))
+        print(f"{told}: {run}" if run else f"nothing to do: {told}")
+        for name in TRAINING if run else ():
+            run_stage(name, config, run)
+    return 0
+
+
+def _decide(options: argparse.Namespace) -> int:
+    """The stage of a run; with a reason, a person's decision, which is made anew where the run has decided."""
+    from cv_factory_ops.promotion import person
+    from cv_factory_ops.stage import Order
+
+    if not options.why:
+        return _stage(options)
+    options.force = True
+    return _ordered(options, Order("retraining", options.by or person(), options.why))
 
 
 def _approve(options: argparse.Namespace) -> int:
@@ -258,7 +292,7 @@ def _audit_log(options: argparse.Namespace) -> int:
     return 0
 
 
-BY_HAND = {"approve": _approve, "promote": _promote}
+BY_HAND = {"approve": _approve, "promote": _promote, "decide": _decide}
 """Stages that do more when a person runs them."""
 
 
@@ -336,8 +370,9 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     from cv_factory_ops.serving.app import serve
+    from cv_factory_ops.serving.mounted import bundle_folder
 
-    serve(Path(options.model), options.host, options.port)
+    serve(options.model or bundle_folder(), options.host, options.port)
     return 0
 
 
@@ -366,6 +401,14 @@ def _stream(options: argparse.Namespace) -> int:
     from cv_factory_ops.stream import run
 
     run(load(options.config, options.set))
+    return 0
+
+
+def _exporter(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import load
+    from cv_factory_ops.exporter import serve
+
+    serve([load(file) for file in options.config], options.host, options.port)
     return 0
 
 

@@ -8,11 +8,13 @@ directory).
 from __future__ import annotations
 
 import copy
+import datetime
 import difflib
 import itertools
 import math
 import os
 import re
+import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -313,6 +315,9 @@ class DataConfig(Frozen):
     """Add captured requests whose labels have arrived (the retraining DAG sets this)."""
     unlabelled: Literal["refuse", "keep"] = "refuse"
     """Images without a label, also captured ones: ``keep`` makes them the split ``unlabelled``, for ``fixmatch``."""
+    pseudo_labels: float | None = Field(default=None, gt=0.5, le=1)
+    """Captured studies whose label has not arrived are trained on with the champion's answer, where its calibrated probability
+    is at least this; never validated or tested on. Null: no answer is taken for a label."""
     validation: ValidationConfig = ValidationConfig()
     max_quarantined: Share = 0.2
     """Share of refused items above which ingestion fails instead of going on without them."""
@@ -638,6 +643,9 @@ class TrainingConfig(Frozen):
     """The loop, the same for every objective."""
 
     objective: Objective = SupervisedConfig()
+    warm_start: Literal["none", "champion"] = "none"
+    """Begin with the champion's weights, where its network and labels are the same; else, and before there is one, with
+    ``model.weights`` or random ones."""
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
     """Images a process takes at a time."""
@@ -685,6 +693,8 @@ class TrainingConfig(Frozen):
 
 PLACEMENT = ("nodes", "processes_per_node", "threads", "checkpoint_minutes", "restarts")
 """Settings of ``training`` that say where and how it runs, not what is learned: they may change while it goes on."""
+NOT_SEARCHED = {*PLACEMENT, "embedding_components", "warm_start"}
+"""Settings of ``training`` that are the same for all trials of a search."""
 
 
 class Choice(Frozen):
@@ -869,7 +879,7 @@ class SearchConfig(Frozen):
     def _about_what_is_learned(cls, space: dict[str, Dimension]) -> dict[str, Dimension]:
         for key in space:
             section, _, setting = key.partition(".")
-            if section not in {"model", "training"} or key == "training" or setting in {*PLACEMENT, "embedding_components"}:
+            if section not in {"model", "training"} or key == "training" or setting in NOT_SEARCHED:
                 raise ValueError(f"model, a setting below it, or one below training that changes the network; not {key}")
         return space
 
@@ -1341,7 +1351,77 @@ class SageMakerDeploy(_Deploy):
         return self
 
 
-Deploy = Annotated[LocalDeploy | SageMakerDeploy, Field(discriminator="kind")]
+class _Splitting(_Deploy):
+    """A service that splits traffic between deployments and does no more: the stage itself shifts it, step by step."""
+
+    image: str
+    """Inference image, in a registry that the service may read; it must start ``cvf serve``."""
+
+    @model_validator(mode="after")
+    def _rollout_fits(self) -> Self:
+        if self.rollout.alarms:
+            raise ValueError("rollout.alarms: none, CloudWatch's alarms are of sagemaker and local only")
+        return self
+
+
+class VertexDeploy(_Splitting):
+    """Vertex AI of Google Cloud: credentials are Application Default Credentials. Needs the extra ``vertex``."""
+
+    kind: Literal["vertex"] = "vertex"
+    google_project: str
+    """Id of the Google Cloud project."""
+    location: str = Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")
+    """Region of endpoint and models, such as ``europe-west4``."""
+    staging: str = Field(pattern=r"^gs://[^/]+(/[^/]+)*$")
+    """Folder in Cloud Storage that bundles are copied to, ``gs://bucket/prefix``; the containers read them there."""
+    machine_type: str = "n1-standard-4"
+    least: int = Field(default=1, ge=1)
+    """Machines at any time."""
+    most: int = Field(default=1, ge=1)
+    """Machines at most; above ``least``, Vertex AI scales by their load."""
+    service_account: str = ""
+    """That the containers run as; empty takes Vertex AI's own."""
+    log_table: str = Field(default="", pattern=r"^(bq://[^.]+\.[^.]+\.[^.]+)?$")
+    """BigQuery table for ``capture_percent`` of requests and answers, ``bq://project.dataset.table``; empty logs none. Drift
+    checks do not read it."""
+    labels: dict[str, Annotated[str, Field(pattern=r"^[a-z0-9_-]{0,63}$")]] = {}
+    """Further labels of everything that is made."""
+    api: str = Field(default="", pattern=r"^(https://[^/]+)?$")
+    """Address of the API where it is not the region's own, as with Private Service Connect."""
+
+    @model_validator(mode="after")
+    def _least_is_least(self) -> VertexDeploy:
+        if self.least > self.most:
+            raise ValueError(f"least {self.least}: at most {self.most}, as most says")
+        return self
+
+
+class AzureDeploy(_Splitting):
+    """A managed online endpoint of Azure Machine Learning: credentials are those that azure-identity finds. Needs the extra
+    ``azure``."""
+
+    kind: Literal["azure"] = "azure"
+    subscription: str
+    """Id."""
+    resource_group: str
+    workspace: str
+    location: str
+    """Region of the endpoint, such as ``westeurope``."""
+    instance_type: str = "Standard_DS3_v2"
+    instance_count: int = Field(default=1, ge=1)
+    concurrent: int = Field(default=8, ge=1)
+    """Requests in hand of an instance."""
+    datastore: str = "workspaceblobstore"
+    """Blob datastore of the workspace that bundles are copied to."""
+    public_access: bool = True
+    """Whether the endpoint answers outside of the workspace's private network."""
+    tags: dict[str, Text] = {}
+    """Further tags of everything that is made."""
+    api: str = Field(default="https://management.azure.com", pattern=r"^https://[^/]+$")
+    """Address of Azure Resource Manager: sovereign clouds have others."""
+
+
+Deploy = Annotated[LocalDeploy | SageMakerDeploy | VertexDeploy | AzureDeploy, Field(discriminator="kind")]
 
 
 class DriftConfig(Frozen):
@@ -1351,19 +1431,209 @@ class DriftConfig(Frozen):
     """Requests of a full window; the drift sensor waits for as many."""
     minimum: int = Field(default=50, ge=2)
     """Requests below which the verdict is ``not enough data``."""
-    alpha: float = Field(default=0.01, gt=0, lt=1)
-    """False-alarm rate of one check over all features together; each feature gets ``alpha / features`` (Bonferroni)."""
+    alpha: float = Field(default=0.01, ge=1e-4, lt=1)
+    """False-alarm rate of one check over all features together."""
+    slow_alpha: float = Field(default=0.01, gt=0, lt=1)
+    """False-alarm rate of the test of slow drift, over all features and ``horizon`` checks together."""
+    horizon: int = Field(default=90, ge=1, le=10_000)
+    """Checks in a row that ``slow_alpha`` holds for."""
     wait_minutes: float = Field(default=60, gt=0)
     """How long the sensor waits for a full window before the check goes on with what there is."""
+    late_hours: int = Field(default=6, ge=0)
+    """Capture files that arrive up to so many hours behind newer ones are still read."""
+    sample: int = Field(default=10_000, ge=100)
+    """Answers of a window that are compared, drawn from all of them at random; counts and performance cover all."""
+    subgroups: list[str] | None = None
+    """Metadata whose groups are watched each by itself; null: those that the domain measures models on."""
+    example_images: int = Field(default=6, ge=0)
+    """Images of either side that the page shows, without anything but their pixels; 0 shows none."""
+
+
+class DriftTrigger(Frozen):
+    """The drift check has found drift."""
+
+    kind: Literal["drift"] = "drift"
+
+
+class PerformanceTrigger(Frozen):
+    """The champion may have become worse: by late labels, or by an estimate where there are too few of them."""
+
+    kind: Literal["performance"] = "performance"
+    metric: Literal["accuracy", "auc", "sensitivity", "specificity"] = "auc"
+    """Which of those that the drift check has measured or estimated."""
+    minimum: Share
+    """Limit that the lower end of the metric's interval is held against."""
+    estimated: bool = False
+    """Also by an estimate; otherwise by late labels alone."""
+
+
+class AgeTrigger(Frozen):
+    """The champion was trained long ago."""
+
+    kind: Literal["age"] = "age"
+    days: float = Field(gt=0)
+    """Days since its registration."""
+
+
+class VolumeTrigger(Frozen):
+    """Much new data has come."""
+
+    kind: Literal["volume"] = "volume"
+    labels: int = Field(ge=1)
+    """Captured studies whose labels have arrived since the last retraining was decided."""
+
+
+Trigger = Annotated[DriftTrigger | PerformanceTrigger | AgeTrigger | VolumeTrigger, Field(discriminator="kind")]
+
+
+class BudgetConfig(Frozen):
+    """What retrainings of the last 30 days may cost; where it is spent, none is decided."""
+
+    runs: int | None = Field(default=None, ge=1)
+    """Retrainings that were decided; null: any number."""
+    minutes: float | None = Field(default=None, gt=0)
+    """Minutes that their stage `train` took; null: any."""
+
+
+def _clock(given: Any) -> Any:
+    """YAML 1.1 takes 22:00 for a number to the base of 60, and pydantic a number for seconds."""
+    text = f"{given // 60:02d}:{given % 60:02d}" if type(given) is int and given >= 60 else str(given)
+    if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d(:00)?", text):
+        raise ValueError("a time of day, 06:00 to 22:30 for example")
+    return text
+
+
+class QuietHours(Frozen):
+    """Hours of each day in which no retraining begins: one that is decided then waits for their end."""
+
+    start: Annotated[datetime.time, BeforeValidator(_clock)]
+    """Local time, ``22:00``."""
+    end: Annotated[datetime.time, BeforeValidator(_clock)]
+    """Local time; before ``start``, it is that of the next day."""
+    time_zone: str = "UTC"
+    """Name in the IANA time zone database, such as ``Europe/Berlin``."""
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        try:
+            zoneinfo.ZoneInfo(name)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError("a time zone of the IANA database, such as Europe/Berlin") from None
+        return name
+
+    @model_validator(mode="after")
+    def _some_time(self) -> QuietHours:
+        if self.start == self.end:
+            raise ValueError("start and end that differ")
+        return self
 
 
 class DecisionConfig(Frozen):
-    """When a drift leads to a retraining."""
+    """When a model is trained anew: what asks for it, and the rules that may stop it, but never a person."""
 
+    triggers: list[Trigger] = [DriftTrigger()]
+    """Any of ``drift``, ``performance``, ``age``, ``volume``; empty: only people retrain."""
     cooldown_hours: float = Field(default=24, ge=0)
     """Time after a retraining decision in which no other one is made."""
     minimum_labels: int = Field(default=20, ge=0)
     """New labelled studies that must have arrived since the last retraining."""
+    repeat_labels: int = Field(default=50, ge=0)
+    """As many of them must have arrived before a cause that has already led to a retraining of this champion does so again."""
+    budget: BudgetConfig | None = None
+    """What the retrainings of the last 30 days may cost; null: anything."""
+    quiet_hours: QuietHours | None = None
+    """Hours of each day in which no retraining begins; null: there are none."""
+
+
+NotificationEvent = Literal["drift", "decision", "promotion", "refusal", "rollback"]
+EVENTS: list[NotificationEvent] = ["drift", "decision", "promotion", "refusal", "rollback"]
+
+
+class _Notification(Frozen):
+    """What all have in common."""
+
+    events: list[NotificationEvent] = EVENTS
+    """What is told: a check found ``drift``; a ``decision`` that something asked for, also a no; a ``promotion``; the
+    ``refusal`` of a challenger; a ``rollback``."""
+
+
+class SlackNotification(_Notification):
+    """A message to an incoming webhook of Slack, or of what takes the same (Mattermost, Rocket.Chat)."""
+
+    kind: Literal["slack"] = "slack"
+    url_env: str
+    """Environment variable with the webhook's address, which is its secret."""
+
+
+class EmailNotification(_Notification):
+    """A message by SMTP, encrypted by STARTTLS (RFC 3207)."""
+
+    kind: Literal["email"] = "email"
+    host: str
+    """Mail server that takes messages for others."""
+    port: int = Field(default=587, ge=1, le=65535)
+    """By default that of message submission (RFC 6409)."""
+    sender: str
+    """Address that it is sent from."""
+    recipients: list[str] = Field(min_length=1)
+    """Addresses that it is sent to."""
+    user: str | None = None
+    """Login; null: none is asked for."""
+    password_env: str | None = None
+    """Environment variable with the password of ``user``."""
+    starttls: bool = True
+    """False for a relay on this machine alone: nothing is encrypted then."""
+
+    @model_validator(mode="after")
+    def _login_complete_and_encrypted(self) -> EmailNotification:
+        if (self.user is None) != (self.password_env is None):
+            raise ValueError("both user and password_env, or none")
+        if self.user and not self.starttls:
+            raise ValueError("starttls: true where there is a password")
+        return self
+
+
+class WebhookNotification(_Notification):
+    """A POST of JSON, signed as Standard Webhooks 1.0 has it (https://www.standardwebhooks.com)."""
+
+    kind: Literal["webhook"] = "webhook"
+    url: str | None = Field(default=None, pattern="^https?://")
+    """Where to; or ``url_env``."""
+    url_env: str | None = None
+    """Environment variable with the address, where it holds a secret."""
+    secret_env: str | None = None
+    """Environment variable with the key, ``whsec_`` and its bytes in Base64; null: unsigned."""
+
+    @model_validator(mode="after")
+    def _one_address(self) -> WebhookNotification:
+        if (self.url is None) == (self.url_env is None):
+            raise ValueError("one of url and url_env")
+        if self.url and SECRET_VALUE.search(self.url):
+            raise ValueError("a url without a password; give one with it by url_env")
+        return self
+
+
+Notification = Annotated[SlackNotification | EmailNotification | WebhookNotification, Field(discriminator="kind")]
+
+
+class PushgatewayConfig(Frozen):
+    """Where the stage ``decide`` leaves the metrics for Prometheus, where nothing runs that could be asked for them."""
+
+    url: str = Field(pattern="^https?://")
+    """Address of the Pushgateway, without ``/metrics``."""
+    user: str | None = None
+    """Login by basic authentication; null: none."""
+    password_env: str | None = None
+    """Environment variable with the password of ``user``."""
+
+    @model_validator(mode="after")
+    def _no_password_in_sight(self) -> PushgatewayConfig:
+        if SECRET_VALUE.search(self.url):
+            raise ValueError("a url without a password; give user and password_env")
+        if (self.user is None) != (self.password_env is None):
+            raise ValueError("both user and password_env, or none")
+        return self
 
 
 class ScheduleConfig(Frozen):
@@ -1716,6 +1986,10 @@ class ProjectConfig(Frozen):
     deploy: Deploy = LocalDeploy()
     drift: DriftConfig = DriftConfig()
     decision: DecisionConfig = DecisionConfig()
+    notifications: list[Notification] = []
+    """Who is told what: any number of ``slack``, ``email``, ``webhook``."""
+    pushgateway: PushgatewayConfig | None = None
+    """Null: metrics are not pushed; ``cvf exporter`` can be asked for them."""
     batch: BatchConfig = BatchConfig()
     gateway: GatewayConfig = GatewayConfig()
     stream: StreamConfig | None = None
@@ -1775,6 +2049,7 @@ class ProjectConfig(Frozen):
                 or bool(source.masks or source.labels),
                 "data.include_captures: false": not self.data.include_captures,
                 "data.unlabelled: refuse": self.data.unlabelled == "refuse",
+                "data.pseudo_labels: null": self.data.pseudo_labels is None,
                 "decoding.frames: middle": self.decoding.frames == "middle",
                 "training.objective: supervised or fine_tuning": isinstance(training.objective, SupervisedConfig | FineTuning),
                 "training.augment without mixup and cutmix": not (training.augment.mixup or training.augment.cutmix),
@@ -1787,9 +2062,17 @@ class ProjectConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _endpoint_fits(self) -> ProjectConfig:
+        if isinstance(self.deploy, AzureDeploy) and not 3 <= len(self.project) <= 32:
+            raise ValueError(f"project: {self.project}: 3 to 32 characters, as Azure has names of endpoints")
+        return self
+
+    @model_validator(mode="after")
     def _search_fits(self) -> ProjectConfig:
         if self.search and self.training.nodes > 1:
             raise ValueError("training.nodes: 1 where there is a search")
+        if self.search and self.training.warm_start == "champion":
+            raise ValueError("training.warm_start: none where there is a search, whose networks are others than the champion's")
         for settings in self.search.probes() if self.search else ():
             try:
                 self.with_settings(settings)

@@ -75,8 +75,9 @@ class Predictor:
     def conclude(self, inputs: Sequence[Input], probabilities: NDArray[np.float32], embedding: NDArray[np.float32]) -> Answer:
         """The last step of an answer, from what :meth:`forward` gave for the inputs' images."""
         components = self._pca.transform(embedding)
+        residual = self._pca.residual(embedding, components)
         predictions = [
-            self._prediction(given, probabilities[i], features(given.statistics, given.metadata, components[i]))
+            self._prediction(given, probabilities[i], features(given.statistics, given.metadata, components[i], residual[i]))
             for i, given in enumerate(inputs)
         ]
         return Answer(predictions=predictions, bundle_digest=self.bundle.digest)
@@ -110,12 +111,13 @@ class Predictor:
             geometry = Geometry.of(given.shape, self.manifest.preprocessing, given.spacing)
             return segmentation.segmented(probabilities, labels, geometry, given.spacing, values)
         answer = int(predicted(probabilities[None], threshold)[0])
+        of_answer = told(probabilities, threshold, self.manifest.abstention)
         return Prediction(
             label=labels[answer],
             score=round(float(probabilities[1 if len(labels) == 2 else answer]), 6),
             scores={label: round(float(p), 6) for label, p in zip(labels, probabilities, strict=True)},
-            abstained=bool(confidence(probabilities[None], threshold)[0] < self.manifest.abstention),
-            features={**values, **told(probabilities)},
+            abstained=of_answer.get("abstained") == "yes",
+            features={**values, **of_answer},
         )
 
 
@@ -152,19 +154,26 @@ def in_batches(
 
 
 def features(
-    statistics: Mapping[str, float], metadata: Mapping[str, str | float | None], components: NDArray[np.float64]
+    statistics: Mapping[str, float],
+    metadata: Mapping[str, str | float | None],
+    components: NDArray[np.float64],
+    residual: float | np.float64,
 ) -> dict[str, str | float | None]:
     """The features of one image under their names, ``image_*``, ``metadata_*``, ``embedding_*``; an answer adds those of
-    :func:`told`."""
+    :func:`told`. ``components`` and ``residual`` are the embedding's, as of :class:`cv_factory_ops.bundle.Pca`."""
     values: dict[str, str | float | None] = {f"image_{name}": round(statistics[name], 6) for name in STATISTICS}
     values |= {f"metadata_{name}": value for name, value in metadata.items()}
-    return values | {f"embedding_{i}": round(float(value), 6) for i, value in enumerate(components)}
+    values |= {f"embedding_{i}": round(float(value), 6) for i, value in enumerate(components)}
+    return values | {"embedding_residual": round(float(residual), 6)}
 
 
-def told(probabilities: NDArray[np.float32]) -> dict[str, float]:
-    """What one answer (classes,) says of itself: ``score`` and ``entropy``; of pixels see
-    :func:`cv_factory_ops.segmentation.told`."""
-    return {
+def told(probabilities: NDArray[np.float32], threshold: float, abstention: float) -> dict[str, str | float]:
+    """What one answer (classes,) says of itself: ``score``, ``entropy`` in nats and, where answers may be withheld
+    (``abstention`` above 0), ``abstained``; of pixels see :func:`cv_factory_ops.segmentation.told`."""
+    values: dict[str, str | float] = {
         "score": round(float(probabilities[1] if len(probabilities) == 2 else probabilities.max()), 6),
         "entropy": round(float(-(probabilities * np.log(np.clip(probabilities, 1e-12, 1))).sum()), 6),
     }
+    if abstention > 0:
+        values["abstained"] = "yes" if confidence(probabilities[None], threshold)[0] < abstention else "no"
+    return values

@@ -6,7 +6,9 @@ URIs (``file://`` or ``s3://``), digests are SHA-256 in hexadecimal, scores and 
 
 from __future__ import annotations
 
-from datetime import datetime
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -59,7 +61,11 @@ class IngestRecord(Record):
     splits: dict[str, int]
     """Images in each of ``train``, ``val``, ``test``, ``recent`` (held-out newly captured studies) and ``reserve``."""
     captured: int
-    """Images that came from captured requests with late labels."""
+    """Images that came from captured requests."""
+    late_labels: int = 0
+    """Those of them whose label has arrived."""
+    pseudo_labels: int = 0
+    """Those of them that train with the champion's answer as their label."""
     data_digest: str
     """Digest of the manifest: ids, labels, splits and pixel digests."""
     test_digest: str
@@ -79,6 +85,25 @@ class PreprocessRecord(Record):
     """SHA-256 of ``shards.json``, which holds those of all files."""
 
 
+class WarmStart(Frozen):
+    """Whose weights a training began with, where ``training.warm_start`` asks for the champion's."""
+
+    version: int | None = None
+    """Of the champion; None where there was none yet."""
+    bundle_digest: str = ""
+    weights: str = ""
+    """URI of its ``model.safetensors``."""
+    misfit: str = ""
+    """Why they were not taken; empty where they were."""
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        if self.misfit:
+            return f"training does not begin with the champion's weights: {self.misfit}"
+        return f"training begins with the weights of champion version {self.version}, bundle {self.bundle_digest[:12]}"
+
+
 class TrainRecord(Record):
     """``bundle/`` is the model bundle."""
 
@@ -93,6 +118,8 @@ class TrainRecord(Record):
     """Of a segmentation, in place of the AUC."""
     images_per_second: float
     world_size: int
+    warm_start: WarmStart | None = None
+    """None where no warm start was asked for."""
 
 
 class Subgroup(Frozen):
@@ -251,20 +278,152 @@ class PromoteRecord(Record):
     entry_digest: str = ""
 
 
+class Performance(Frozen):
+    """How well the champion answers the requests of a window: measured on late labels, or estimated without any."""
+
+    metric: Literal["accuracy", "auc", "sensitivity", "specificity"]
+    value: float
+    low: float
+    """Lower end of its interval."""
+    high: float
+    labelled: int
+    """Answers with a label that it was measured on; 0 where it is estimated."""
+    estimated: bool
+    """Expected from the calibrated probabilities of the answers, see :mod:`cv_factory_ops.drift.performance`."""
+    reference: float | None = None
+    """The champion's on its locked test set or, of an estimate, the same estimate on the drift reference; None: not known."""
+    reference_low: float | None = None
+    """Lower end of its interval."""
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the whole interval lies below that of the reference."""
+        return self.reference_low is not None and self.high < self.reference_low
+
+
+class Quality(Frozen):
+    """What of a window's captures cannot be watched, and what is missing in the rest."""
+
+    foreign: int = 0
+    """Captures that another bundle has answered, as during a rollout."""
+    unreadable: int = 0
+    """Captures whose answer is none of ours."""
+    quarantined: int = 0
+    """Lines that are no captures; ``quarantine.jsonl`` has their positions."""
+    refused: dict[str, int] = {}
+    """Requests that were captured with a refusal, by its code."""
+    missing: dict[str, float] = {}
+    """Share of the answers that lack a feature; those that lack none are left out."""
+
+
+class WatchedGroup(Frozen):
+    """The requests of one scanner, view or age band in a window."""
+
+    images: int
+    """In the sample that was compared."""
+    share: float
+    reference_share: float
+    p_values: dict[str, float] = {}
+    """Of features among these images alone; empty where either side has too few of them."""
+
+
+class Reading(Frozen):
+    """How far an endpoint's captures have been read."""
+
+    floor: str = ""
+    """Hour, ``yyyy/mm/dd/hh``, before which no capture file is looked at any more; empty: all are."""
+    read: dict[str, int] = {}
+    """Bytes read of each file, ``yyyy/mm/dd/hh/<variant>/<file>``, of that hour and later."""
+
+    def of(self, file: str) -> int:
+        """Bytes of a file that count as read: all that it may have, where it lies before the floor."""
+        return sys.maxsize if file < self.floor else self.read.get(file, 0)
+
+    def advanced(self, read: Mapping[str, int], late_hours: int) -> Reading:
+        """After more was read: the floor lies so many hours before the newest file, and never falls."""
+        files = {**self.read, **read}
+        if not files:
+            return self
+        newest = datetime.strptime(max(files)[:13], "%Y/%m/%d/%H")
+        floor = max(self.floor, (newest - timedelta(hours=late_hours)).strftime("%Y/%m/%d/%H"))
+        return Reading(floor=floor, read={file: size for file, size in sorted(files.items()) if file >= floor})
+
+    @property
+    def last(self) -> str:
+        """Where reading of the newest file stopped, ``<file>#<byte>``; empty where nothing was read."""
+        newest = max(self.read, default="")
+        return newest and f"{newest}#{self.read[newest]}"
+
+
+class Cursor(Frozen):
+    """``<project>/drift/cursor.json``, and ``window.json`` of the check that moved it."""
+
+    run: str
+    """URI of the run of that drift check."""
+    start: Reading
+    """Before its window."""
+    end: Reading
+    """After it."""
+    previous: str = ""
+    """URI of the run of the last finished check before it; empty at the first."""
+
+    def before(self, run: str, finished: bool) -> str:
+        """URI of the run of the last finished check before one of ``run``; ``finished`` as in :meth:`window`."""
+        return self.run if finished and self.run != run else self.previous
+
+    def window(self, run: str, finished: bool) -> tuple[Reading, Reading | None]:
+        """What a check of ``run`` begins behind and, where an earlier try of it has settled that, ends at; ``finished``:
+        whether the check that moved the cursor has published its verdict. If not, its captures belong to the next check."""
+        if self.run == run:
+            return self.start, self.end
+        return (self.end if finished else self.start), None
+
+
+class SlowSeries(Frozen):
+    """One feature, or one category of one, over the windows so far; see :mod:`cv_factory_ops.drift.sequential`."""
+
+    rows: int = 0
+    """Values in the windows so far."""
+    total: float = 0
+    """Sum of their scores, which are 0 on average over the reference."""
+    up: float = 0
+    """Cumulative sum of upward residuals, in standard deviations of a window's mean."""
+    down: float = 0
+    """Likewise, downward."""
+
+
+class SlowDriftState(Frozen):
+    """What the sequential test of slow drift keeps from one finished check to the next of the same champion."""
+
+    windows: int
+    """Windows that are counted in."""
+    series: dict[str, SlowSeries]
+
+
 class DriftRecord(Record):
-    """``report.html`` and ``report.json`` are Evidently's; ``features.parquet`` the window's features."""
+    """``index.html`` is the page for people; ``report.html`` and ``report.json`` are Evidently's; ``features.parquet`` the
+    features of the window's sample; ``window.json`` what was read, ``quarantine.jsonl`` what could not be."""
 
     stage = "drift"
     verdict: Literal["drift", "no drift", "not enough data"]
     requests: int
     window_start: str
-    """Last capture position already consumed before this window (exclusive); empty at the first window."""
+    """How far checks before this one had read, ``<file>#<byte>``; empty at the first window."""
     window_end: str
+    """How far this one has read; ``window.json`` tells it of every file."""
     drifted: dict[str, float]
-    """Drifted feature -> p-value."""
+    """Drifted feature -> p-value; of slow drift, ``<feature> (slowly)``."""
+    p_values: dict[str, float] = {}
+    """Of every feature that was tested."""
     alpha: float
     bundle_digest: str
     report: str | None
+    slow: SlowDriftState | None = None
+    """For the next check to go on from; None where there is no verdict."""
+    performance: list[Performance] = []
+    quality: Quality = Quality()
+    groups: dict[str, dict[str, WatchedGroup]] = {}
+    """By metadata and value or band."""
 
 
 class DecideRecord(Record):
@@ -273,6 +432,12 @@ class DecideRecord(Record):
     reason: str
     decision: str
     """URI of the stored decision."""
+    trigger: str = ""
+    """What asked for it first: ``drift``, ``performance``, ``age``, ``volume``, ``manual``; empty where nothing did."""
+    retraining: str = ""
+    """Name of the retraining, which is its DAG run's id; empty where there is none."""
+    not_before: datetime | None = None
+    """When the retraining may begin, UTC; None where there is none."""
 
 
 class PredictRecord(Record):

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,27 @@ def champion(config: ProjectConfig) -> Champion | None:
     version = _require_version(client, config, number)
     tags = version.tags
     return Champion(number, tags["bundle"], tags["bundle_digest"], tags["test_digest"], version.run_id)
+
+
+def evaluation_of(config: ProjectConfig, run_id: str) -> dict[str, float]:
+    """What the stage ``evaluate`` has logged of a version's run: its metrics on the locked test set with the ends of their
+    intervals, ``<metric>_low`` and ``<metric>_high``; empty where the version names no run."""
+    if not run_id:
+        return {}
+    with explained(f"MLflow run {run_id}"):
+        metrics = connect(config).get_run(run_id).data.metrics
+    return {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
+
+
+def keep_files(config: ProjectConfig, run_id: str, folder: Path, names: Sequence[str], place: str) -> None:
+    """Copy those of the named files that there are to the artifacts of a version's run; nothing where it names none."""
+    if not run_id:
+        return
+    with explained(f"MLflow run {run_id}"):
+        client = connect(config)
+        for path in (folder / name for name in names):
+            if path.exists():
+                client.log_artifact(run_id, str(path), place)
 
 
 def run_of(config: ProjectConfig, version: int) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 import cv_factory_ops
-from cv_factory_ops import storage
+from cv_factory_ops import refusals, storage
 from cv_factory_ops.config import ProjectConfig, home
 from cv_factory_ops.domain import Domain, open_domain
 from cv_factory_ops.errors import ConfigError, DataError, GateRefused
@@ -122,7 +122,7 @@ STAGES = {
     "approve": Spec(
         "promotion:approve", "keep what a person answers who is asked before the rollout", ("gate", "register"), (), "stage:now"
     ),
-    "deploy": Spec("deploy.sagemaker:run", "roll the version out to the endpoint", ("register",), ("deploy",), "stage:now"),
+    "deploy": Spec("deploy.rollout:run", "roll the version out to the endpoint", ("register",), ("deploy",), "stage:now"),
     "verify": Spec(
         "deploy.verify:run",
         "compare the live endpoint with what was asked",
@@ -150,7 +150,9 @@ STAGES = {
     "drift": Spec(
         "drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow"), "drift.window:fingerprint"
     ),
-    "decide": Spec("drift.decide:run", "decide whether to retrain, and store why", ("drift",), ("decision",)),
+    "decide": Spec(
+        "drift.decide:run", "decide whether to retrain, and store why", ("drift",), ("decision",), cleanup="exporter:push"
+    ),
     "predict": Spec(
         "batch:run",
         "run the champion over a batch of studies",
@@ -167,9 +169,9 @@ TRAINING = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "de
 
 @dataclass(frozen=True)
 class Order:
-    """What a person asked for by `cvf promote`, `cvf rollback` or `cvf approve`."""
+    """What a person asked for by `cvf promote`, `cvf rollback`, `cvf approve` or `cvf decide --why`."""
 
-    action: Literal["promotion", "rollback", "approval", "rejection"]
+    action: Literal["promotion", "rollback", "approval", "rejection", "retraining"]
     who: str
     why: str
     override: str = ""
@@ -254,9 +256,14 @@ def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False
     Raises:
         CvFactoryError: with the exit code that says what a retry would do. The result of a gate that refused is stored before.
     """
-    result = _result(name, config, run, force, order)
-    if result.refusal:
-        raise GateRefused(result.refusal)
+    try:
+        result = _result(name, config, run, force, order)
+        if result.refusal:
+            raise GateRefused(result.refusal)
+    except GateRefused as error:
+        if config.data.include_captures:
+            refusals.keep(config, run, name, str(error))
+        raise
     return result
 
 
@@ -293,6 +300,10 @@ def _result(name: str, config: ProjectConfig, run: str, force: bool, order: Orde
         if spec.cleanup:
             _function(spec.cleanup)(stage)
     log.info("%s: %s (%.1f s)", name, record.summary, result.seconds)
+    if config.notifications:
+        from cv_factory_ops import notify
+
+        notify.tell(config, run, record, rolled_back=order is not None and order.action == "rollback")
     return result
 
 

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -109,21 +110,46 @@ def exists(uri: str) -> bool:
         return True
 
 
+def read_lines(uri: str, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Lines of one object from a byte on that it has, each with the byte that it starts at; one line is held at a time.
+
+    Raises:
+        DataError, Unavailable: as :func:`read_bytes`.
+    """
+    with _explained(uri), _opened(uri, start) as file:
+        for line in file:
+            yield start, line.removesuffix(b"\n")
+            start += len(line)
+
+
 def listing(uri: str, after: str = "") -> Iterator[str]:
     """Names of all objects below a directory or prefix, relative to it, sorted, those greater than ``after``.
 
     Drafts that a killed writer has left on a file system (see :func:`write_bytes`) are not listed.
     """
+    return (name for name, _ in sizes(uri, after))
+
+
+def sizes(uri: str, after: str = "") -> Iterator[tuple[str, int]]:
+    """As :func:`listing`, each name with the object's bytes."""
     with _explained(uri):
         if path := path_of(uri):
             files = (item for item in path.rglob("*") if item.is_file() and not item.name.startswith("."))
-            names: Iterator[str] = iter(sorted(str(item.relative_to(path)) for item in files))
+            found = sorted((name, item) for item in files if (name := str(item.relative_to(path))) > after)
+            yield from ((name, item.stat().st_size) for name, item in found)
         else:
             bucket, key = _bucket_key(uri)
-            names = _s3_names(bucket, key + "/")
-        for name in names:
-            if name > after:
-                yield name
+            yield from _s3_sizes(bucket, f"{key}/", after)
+
+
+def folders(uri: str) -> list[str]:
+    """Names of the folders directly below a directory or prefix, sorted."""
+    with _explained(uri):
+        if path := path_of(uri):
+            return sorted(item.name for item in path.iterdir() if item.is_dir()) if path.is_dir() else []
+        bucket, key = _bucket_key(uri)
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/", Delimiter="/")
+        return [item["Prefix"][len(key) + 1 : -1] for page in pages for item in page.get("CommonPrefixes", [])]
 
 
 def versions(uri: str) -> Iterator[tuple[str, str]]:
@@ -276,10 +302,28 @@ def _bucket_key(uri: str) -> tuple[str, str]:
     return bucket, key.lstrip("/")
 
 
+@contextmanager
+def _opened(uri: str, start: int) -> Iterator[BufferedReader]:
+    if path := path_of(uri):
+        with path.open("rb") as file:
+            file.seek(start)
+            yield file
+        return
+    bucket, key = _bucket_key(uri)
+    body = _s3().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-")["Body"]
+    with BufferedReader(body, 1 << 20) as file:
+        yield file
+
+
 def _s3_names(bucket: str, prefix: str) -> Iterator[str]:
-    for page in _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+    return (name for name, _ in _s3_sizes(bucket, prefix))
+
+
+def _s3_sizes(bucket: str, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
+    pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, StartAfter=prefix + after)
+    for page in pages:
         for item in page.get("Contents", []):
-            yield item["Key"][len(prefix) :]
+            yield item["Key"][len(prefix) :], item["Size"]
 
 
 @cache

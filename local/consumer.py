@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 import boto3
@@ -25,6 +26,12 @@ from cv_factory_ops.errors import ConfigError, Unavailable
 from cv_factory_ops.ingestion.manifest import read_images, read_manifest
 from domain_medical.synthetic import SCANNERS, SHIFTED_SCANNER, studies
 
+Kind = Literal["ordinary", "shifted", "unseen"]
+PHANTOM_SEEDS: dict[Kind, int] = {"ordinary": 1000, "shifted": 2000, "unseen": 3000}
+"""Other seeds are other patients."""
+RESERVED_WINDOWS: dict[Kind, int] = {"ordinary": 0, "shifted": 1, "unseen": 3}
+"""Drift windows of reserved images before the first one of a kind."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -36,17 +43,17 @@ class Study:
     label: str
 
 
-def make_studies(config: ProjectConfig, count: int, *, shifted: bool, training_run: str) -> list[Study]:
-    """Studies that training has not seen: like its own, or of a changed acquisition.
+def make_studies(config: ProjectConfig, count: int, kind: Kind, training_run: str) -> list[Study]:
+    """Studies that training has not seen: like its own (``ordinary``), or of a changed acquisition, to be sent (``shifted``)
+    and never sent (``unseen``).
 
-    Phantoms come from new patients, shifted ones from a third scanner; arrays come from the reserved training images,
-    shifted ones after blur, gamma and noise (:func:`degrade`).
+    Phantoms come from new patients, those of a changed acquisition from a third scanner; arrays come from the reserved training
+    images, those of a changed acquisition after blur, gamma and noise (:func:`degrade`). No two kinds have one in common.
     """
-    kind = "shifted" if shifted else "ordinary"
     match config.data.source:
         case PhantomSource() as source:
-            scanners = (SHIFTED_SCANNER,) if shifted else SCANNERS
-            seed = source.seed + (2000 if shifted else 1000)
+            scanners = SCANNERS if kind == "ordinary" else (SHIFTED_SCANNER,)
+            seed = source.seed + PHANTOM_SEEDS[kind]
             made = studies(count, image_size=source.image_size, seed=seed, labels=config.labels, scanners=scanners)
             domain, settings = open_domain(config.domain), config.deidentification
             settings = settings.model_copy(update={"pixels": "trust"})  # phantoms are drawn without text
@@ -55,11 +62,11 @@ def make_studies(config: ProjectConfig, count: int, *, shifted: bool, training_r
                 for i, (body, label) in enumerate(made)
             ]
         case NpzSource():
-            reserved = _reserved(config, training_run)
-            chosen = list(islice(reserved, config.drift.window, None) if shifted else reserved)[:count]
+            first = RESERVED_WINDOWS[kind] * config.drift.window
+            chosen = islice(_reserved(config, training_run), first, first + count)
             return [
-                Study(f"{kind}-{i:04d}", "application/x-npy", _npy(degrade(image, i) if shifted else image), label)
-                for i, (image, label) in enumerate(chosen)
+                Study(f"{kind}-{i:04d}", "application/x-npy", _npy(image if kind == "ordinary" else degrade(image, i)), label)
+                for i, (image, label) in enumerate(chosen, start=first)
             ]
         case other:
             raise ConfigError(f"data.source.kind: {other.kind!r} given; the demo's consumer has studies for: phantoms, npz")

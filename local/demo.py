@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,10 +24,14 @@ from cv_factory_ops.errors import CvFactoryError, DataError
 from cv_factory_ops.stage import STAGES
 from local.stack import CHECKOUT, Stack, stop
 
+if TYPE_CHECKING:
+    from local.recovery import Recovered
+
 HOME = CHECKOUT / "var" / "demo"
 SHOWN = {"running", "success", "failed", "up_for_retry", "deferred", "skipped"}
 STAGE_LINE = re.compile(r"\d\d:\d\d:\d\d (.+)")
 """What ``cvf`` itself logs, among Airflow's lines in a task's log."""
+TITLES = {"auc": "AUC", "accuracy": "accuracy"}
 console = Console(highlight=False)
 
 
@@ -116,25 +120,30 @@ class Progress:
 def run(stack: Stack, config: ProjectConfig, conf: dict[str, Any]) -> dict[str, Any]:
     """The whole loop; returns the summary."""
     from local.consumer import make_studies, send, tell_labels
+    from local.recovery import recovery
 
     demo, started, window = Demo(stack, config, conf), time.monotonic(), config.drift.window
     training = demo.run_dag("training", "demo_1")
     run_directory = training["train"]["bundle"].removesuffix("/train/bundle")
 
     console.print(f"\nA consumer sends {window} ordinary studies")
-    ordinary = make_studies(config, window, shifted=False, training_run=run_directory)
+    ordinary = make_studies(config, window, "ordinary", run_directory)
     send(config, ordinary, "ordinary")
     quiet = demo.run_dag("drift_monitor", "demo_quiet")
 
     console.print(f"\nA consumer sends {2 * window} studies of a changed acquisition; the labels of all studies arrive")
-    shifted = make_studies(config, 2 * window, shifted=True, training_run=run_directory)
+    shifted = make_studies(config, 2 * window, "shifted", run_directory)
     send(config, shifted, "shifted")
     tell_labels(config, ordinary + shifted)
     drifted = demo.run_dag("drift_monitor", "demo_shifted")
     if not drifted["decide"]["retrain"]:
         raise DataError(f"no retraining was decided: {drifted['decide']['reason']}")
-    retraining = demo.run_dag("retraining", "drift__demo_shifted", triggered=True)
-    return _summary(demo, training, quiet, drifted, retraining, time.monotonic() - started)
+    retraining = demo.run_dag("retraining", drifted["decide"]["retraining"], triggered=True)
+    unseen = make_studies(config, 2 * window, "unseen", run_directory)
+    recovered = recovery(config, _path(training["train"]["bundle"]), _path(retraining["train"]["bundle"]), unseen)
+    summary = _summary(demo, training, quiet, drifted, retraining, time.monotonic() - started)
+    _show_recovery(recovered, len(unseen))
+    return summary | {"recovery": {"studies": len(unseen)} | {name: found.model_dump() for name, found in recovered.items()}}
 
 
 def _summary(
@@ -196,8 +205,7 @@ def _tables(demo: Demo, training: dict[str, Any], retraining: dict[str, Any]) ->
     console.print("\n", table)
     evaluation = retraining["evaluate"]
     was, now = evaluation["champion_recent_metrics"], evaluation["recent_metrics"]
-    titles = {"auc": "AUC", "accuracy": "accuracy"}
-    both = [f"{titles[name]} {was[name]:.3f} -> {now[name]:.3f}" for name in titles if name in was and name in now]
+    both = [f"{title} {was[name]:.3f} -> {now[name]:.3f}" for name, title in TITLES.items() if name in was and name in now]
     if both:
         console.print(f"\nOn held-out new studies, before -> after retraining: {', '.join(both)}")
     console.print("\nPictures")
@@ -205,8 +213,22 @@ def _tables(demo: Demo, training: dict[str, Any], retraining: dict[str, Any]) ->
         console.print(f"  {_relative(path)}", soft_wrap=True)
 
 
+def _show_recovery(recovered: dict[str, Recovered], studies: int) -> None:
+    title = f"On {studies} further studies of the changed acquisition, never trained on"
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for column in ("", "before retraining", "after", "gain (95% intervals)"):
+        table.add_column(column)
+    for name, found in recovered.items():
+        table.add_row(TITLES[name], *found.cells)
+    console.print("\n", table)
+
+
+def _path(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))
+
+
 def _relative(uri: str) -> str:
-    path = Path(uri.removeprefix("file://"))
+    path = _path(uri)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -232,7 +254,7 @@ def _conf(data: Path | None) -> dict[str, Any]:
         return {}
     if not data.is_file():
         raise DataError(f"{data}: is not there; DATA is the path of a MedMNIST .npz file")
-    return {"data": str(data.resolve()), "overrides": {"data.source.reserve": 0.1}}
+    return {"data": str(data.resolve()), "overrides": {"data.source.reserve": 0.15}}
 
 
 def _run_on_stack(path: Path, conf: dict[str, Any], keep: bool) -> int:

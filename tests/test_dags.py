@@ -116,7 +116,10 @@ def test_training_is_the_chain_of_its_stages(parsed: dict[str, Any], kind: str) 
 
 def test_drift_monitor_waits_checks_decides_and_triggers(parsed: dict[str, Any]) -> None:
     monitor = parsed["dags"]["demo_drift_monitor"]
-    assert _chain(monitor["tasks"]) == ["wait_for_requests", "drift", "decide", "wants_retraining", "retrain"]
+    names = ["wait_for_requests", "drift", "decide", "wants_retraining", "wait_for_end_of_quiet_hours", "retrain"]
+    assert _chain(monitor["tasks"]) == names
+    assert (monitor["tasks"]["drift"]["outlets"], monitor["params"]["why"]["value"]) == (["demo_drift_check"], "")
+    assert parsed["dags"]["demo_retraining"]["tasks"]["promote"]["outlets"] == ["demo_champion"]
     assert (monitor["schedule"], monitor["catchup"]) == ("0 0 * * *", False)
     assert parsed["dags"]["demo_training"]["schedule"] is None
 
@@ -201,8 +204,12 @@ def test_drift_triggers_one_retraining_even_when_repeated(
     first, again = local.python(MONITOR, "2026-01-02"), local.python(MONITOR, "2026-01-02")
     assert first["drift"]["verdict"] == "drift"
     assert set(first["tasks"].values()) == {"success"}
-    assert first["triggered"] == {"drift__manual__2026-01-02T00:00:00+00:00": {"overrides": {"drift.minimum": 5}, "data": None}}
+    name, conf = first["decide"]["retraining"], {"overrides": {"drift.minimum": 5}, "data": None}
+    assert first["triggered"] == {name: conf}
     assert again["triggered"] == first["triggered"]
+    assert again["decide"] == first["decide"]
+    told = {"verdict": "drift", "requests": 20, "bundle_digest": first["drift"]["bundle_digest"]}
+    assert told.items() <= first["event"].items()
     assert again["tasks"] == first["tasks"] | {"retrain": "skipped"}
 
 
@@ -296,6 +303,7 @@ def task(item):
         "retries": item.retries,
         "timeout": item.execution_timeout.total_seconds(),
         "settings": getattr(item, "settings", None),
+        "outlets": [asset.name for asset in item.outlets],
     }
 def param(item):
     return {"value": item.value, "type": item.schema["type"], "enum": item.schema.get("enum")}
@@ -366,6 +374,7 @@ from datetime import datetime
 from sqlalchemy import select
 from airflow.dag_processing.bundles.manager import DagBundlesManager
 from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+from airflow.models.asset import AssetEvent, AssetModel
 from airflow.models.dagrun import DagRun
 from airflow.utils.session import create_session
 DagBundlesManager().sync_bundles_to_db()
@@ -377,7 +386,11 @@ tasks = {each.task_id: each for each in run.get_task_instances()}
 with create_session() as session:
     runs = session.scalars(select(DagRun).where(DagRun.dag_id == "tiny_retraining", DagRun.run_id.like("drift%"))).all()
     triggered = {each.run_id: {name: each.conf[name] for name in ("overrides", "data")} for each in runs}
+    events = select(AssetEvent).join(AssetModel, AssetModel.id == AssetEvent.asset_id).order_by(AssetEvent.id.desc())
+    event = session.scalars(events.where(AssetModel.name == "tiny_drift_check")).first()
+    extra = event and event.extra
 states = {name: str(each.state) for name, each in tasks.items()}
+records = {name: tasks[name].xcom_pull(task_ids=name) for name in ("drift", "decide")}
 print()
-print(json.dumps({"tasks": states, "drift": tasks["drift"].xcom_pull(task_ids="drift"), "triggered": triggered}))
+print(json.dumps({"tasks": states, "triggered": triggered, "event": extra} | records))
 """

@@ -26,7 +26,8 @@ from cv_factory_ops.domain import Decoded, open_domain, to_uint16
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.evaluation import cards, pictures
 from cv_factory_ops.evaluation.bootstrap import Judged
-from cv_factory_ops.evaluation.subgroups import group_of, subgroups
+from cv_factory_ops.evaluation.subgroups import subgroups
+from cv_factory_ops.groups import group_of
 from cv_factory_ops.models import build
 from cv_factory_ops.predictor import Predictor, infer
 from cv_factory_ops.preprocessing.shards import Images, open_split, read_rows

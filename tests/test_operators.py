@@ -22,11 +22,15 @@ import psutil
 import pytest
 
 from cv_factory_airflow import run_uri
-from cv_factory_ops import captures
+from cv_factory_ops import captures, storage
 from cv_factory_ops.config import load
+from cv_factory_ops.records import Cursor, Reading
+from tests.records import put
+from tests.test_decide import checked
 
 RUN = SimpleNamespace(dag_id="tiny_training", run_id="manual__2026-01-01T00:00:00+00:00")
 CONTEXT = {"dag_run": RUN}
+READING = Reading()
 SECRET = "very-secret-key"  # noqa: S105
 SLOW = '{"data.source.patients": 2000}'
 
@@ -174,7 +178,7 @@ def test_credentials_of_the_connection_reach_the_process_and_no_log(
     assert SECRET not in "".join(capfd.readouterr()) + str(caught.value)
 
 
-def test_position_and_count_agree_with_the_library(
+def test_count_agrees_with_what_the_library_reads(
     airflow_home: None, project: Callable[..., Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cv_factory_airflow.sensors import CaptureLog
@@ -182,24 +186,61 @@ def test_position_and_count_agree_with_the_library(
     monkeypatch.setenv("CVF_STORAGE", str(home / "röntgen & more"))
     config = load(project())
     _capture(config.root, "v1/2026/01/01/00/a.jsonl", 3)
-    _capture(config.root, "v2/2026/01/01/00/b.jsonl", 2)
-    _capture(config.root, "v1/2026/01/01/01/a.jsonl", 4)
-    _capture(config.root, "v1/2026/01/01/00/c.jsonl", 5, inference_id=f"{captures.PROBE}1")
-    positions = ["", *(capture.position for capture in captures.read(config))]
-    counts = [CaptureLog(f"{config.root}/captures/tiny", after).count() for after in positions]
-    assert counts == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    _capture(config.root, "v2/2026/01/01/00/a.jsonl", 2)
+    _capture(config.root, "v1/2026/01/01/09/a.jsonl", 4)
+    _capture(config.root, "v1/2026/01/01/09/c.jsonl", 5, inference_id=f"{captures.PROBE}1")
+    _capture(config.root, "v1/a.jsonl", 6)
+
+    def counts(start: Reading, end: Reading | None = None) -> tuple[int, int]:
+        read = [
+            capture
+            for file, first, last in captures.unread(config, start, end)
+            for _, capture in captures.read_file(config, file, first, last)
+            if capture
+        ]
+        return CaptureLog(f"{config.root}/captures/tiny", start, end).count(), len(read)
+
+    assert counts(Reading()) == (9, 9)
+    read: dict[str, int] = {}
+    for file, first, last in captures.unread(config, Reading()):
+        for behind, _ in captures.read_file(config, file, first, last):
+            read[file] = behind
+            ours, theirs = counts(before := Reading().advanced(read, late_hours=6))
+            assert ours == theirs, before
+    assert counts(before) == (0, 0)
+    _capture(config.root, "v3/2026/01/01/08/late.jsonl", 2)
+    _capture(config.root, "v3/2026/01/01/01/too-late.jsonl", 7)
+    assert counts(before) == (2, 2)
+    assert counts(Reading(), before) == (16, 16), "a window that is read again ends where it ended, but for files too late"
 
 
-def test_consumed_position_of_a_repeated_check_is_its_start(airflow_home: None, project: Callable[..., Path]) -> None:
-    from cv_factory_airflow.sensors import consumed_position
+def test_sensor_finds_the_window_as_the_stage_does(airflow_home: None, project: Callable[..., Path]) -> None:
+    from cv_factory_airflow.sensors import check_window
+    from cv_factory_ops.drift.window import _bounds, read_cursor
+    from cv_factory_ops.stage import Stage
 
-    root = load(project()).root
-    assert consumed_position(root, "file:///this") == ""
-    cursor = Path(root.removeprefix("file://")) / "drift" / "cursor.json"
-    cursor.parent.mkdir(parents=True)
-    cursor.write_text('{"run": "file:///this", "start": "2026#1", "end": "2026#9"}')
-    assert consumed_position(root, "file:///this") == "2026#1"
-    assert consumed_position(root, "file:///other") == "2026#9"
+    config = load(project())
+    start, end = Reading(read={"2026/01/01/00/v/a.jsonl": 9}), Reading(read={"2026/01/01/00/v/b.jsonl": 7})
+    this, other = f"{config.root}/runs/this", f"{config.root}/runs/other"
+
+    def both(run: str) -> tuple[Reading, Reading | None]:
+        found = check_window(config.root, run)
+        assert found == _bounds(Stage("drift", config, run, Path()), read_cursor(config))[:2]
+        return found
+
+    assert both(this) == (Reading(), None)
+    cursor = Cursor(run=this, start=start, end=end).model_dump_json().encode()
+    storage.write_bytes(f"{config.root}/drift/cursor.json", cursor)
+    assert both(this) == (start, end), "killed, its window is settled"
+    assert both(other) == (start, None), "that check never finished: its captures are the next one's"
+    storage.write_bytes(f"{this}/drift/result.json", b"{}")
+    assert both(other) == (start, None), "what it had published before was no verdict"
+    storage.write_bytes(f"{this}/drift/window.json", cursor)
+    assert both(this) == (start, end)
+    assert both(other) == (end, None)
+    newer = Cursor(run=other, start=end, end=end).model_dump_json().encode()
+    storage.write_bytes(f"{config.root}/drift/cursor.json", newer)
+    assert both(this) == (start, end), "a finished check keeps its window"
 
 
 def test_sensor_does_not_wait_for_a_full_window(operators: ModuleType, project: Callable[..., Path]) -> None:
@@ -245,8 +286,7 @@ def test_probes_are_not_counted_in_either_spelling(airflow_home: None, project: 
     file = Path(root.removeprefix("file://")) / "captures" / "tiny" / "v/2026/01/01/00/b.jsonl"
     spaced = "".join(json.dumps(json.loads(line)) + "\n" for line in file.read_text().splitlines())
     file.with_name("c.jsonl").write_text(spaced)
-    assert CaptureLog(f"{root}/captures/tiny").count() == 3
-    assert CaptureLog(f"{root}/captures/tiny", "2026/01/01/00/a.jsonl#000001").count() == 1
+    assert CaptureLog(f"{root}/captures/tiny", Reading()).count() == 3
 
 
 def test_trigger_fires_when_the_window_fills(airflow_home: None, project: Callable[..., Path]) -> None:
@@ -264,7 +304,27 @@ def test_captures_on_s3_are_counted(airflow_home: None, bucket: str) -> None:
     client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/00/a.jsonl", Body=b"{}\n{}\n{}\n")
     client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/00/b.jsonl", Body=b"{}\n")
     assert _event(_trigger(f"s3://{bucket}/p/captures/e", window=4)) == {"requests": 4}
-    assert _event(_trigger(f"s3://{bucket}/p/captures/e", window=3, after="2026/01/01/00/a.jsonl#000000")) == {"requests": 3}
+    read = Reading(read={"2026/01/01/00/v/a.jsonl": 3})
+    assert _event(_trigger(f"s3://{bucket}/p/captures/e", window=3, start=read)) == {"requests": 3}
+
+
+def test_a_reason_of_the_trigger_form_is_a_decision_that_the_page_explains(
+    stage: Callable[..., Any], project: Callable[..., Path]
+) -> None:
+    from cv_factory_airflow import pages
+
+    config = load(project())
+    run = run_uri(config.root, RUN.dag_id, RUN.run_id)
+    put(run, checked())
+    automatic = stage("Decide").execute(CONTEXT)
+    record = stage("Decide", why="<b>new</b> scanner", by="mara").execute(CONTEXT)
+    assert (automatic["retrain"], record["retrain"], record["trigger"]) == (False, True, "manual")
+    page = pages._section(config)
+    newest, oldest = (page.partition("</tr>")[2].split("<tr>"))[1:]
+    assert "<td>mara<td>retrain<td>mara asks for it: &lt;b&gt;new&lt;/b&gt; scanner" in newest
+    assert f"run <code>tiny_retraining.{record['retraining']}</code>" in newest
+    assert "<td>drift<td>keep the model: labels<td>" in oldest
+    assert "<b>labels</b> does not allow: only 0 labelled studies have arrived so far; at least 20 are needed" in oldest
 
 
 def test_pages_need_a_login(airflow_home: None) -> None:
@@ -325,13 +385,13 @@ def _capture(root: str, name: str, lines: int, inference_id: str = "i") -> None:
     file.write_text((line + "\n") * lines)
 
 
-def _trigger(place: str, window: int, after: str = "") -> Any:
+def _trigger(place: str, window: int, start: Reading = READING) -> Any:
     """A trigger as the triggerer makes it: from what it serialized."""
     from airflow.sdk.module_loading import import_string
 
     from cv_factory_airflow.triggers import CaptureWindowTrigger
 
-    path, arguments = CaptureWindowTrigger(place, after, window, time.time() + 20, poll_seconds=0.1).serialize()
+    path, arguments = CaptureWindowTrigger(place, start, window, time.time() + 20, poll_seconds=0.1).serialize()
     return import_string(path)(**json.loads(json.dumps(arguments)))
 
 

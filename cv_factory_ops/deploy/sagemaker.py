@@ -1,4 +1,4 @@
-"""Stage ``deploy``: one model, one endpoint configuration and one endpoint a bundle, on Amazon SageMaker or on this machine.
+"""One model, one endpoint configuration and one endpoint a bundle, on Amazon SageMaker or on this machine.
 
 The same calls go to both; only the address, the role, the image and the credentials differ. Model and endpoint config are
 both named ``<endpoint>-<bundle digest, 12 digits>-<settings digest, 8 digits>`` (63 characters at most, SageMaker's limit):
@@ -18,71 +18,115 @@ import logging
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cv_factory_ops import storage
-from cv_factory_ops.bundle import Bundle, pack
-from cv_factory_ops.config import LocalDeploy, ProjectConfig, SageMakerDeploy, ServerlessInference, home
+from cv_factory_ops import captures, storage
+from cv_factory_ops.bundle import pack
+from cv_factory_ops.config import (
+    AsynchronousInference,
+    LocalDeploy,
+    ProjectConfig,
+    SageMakerDeploy,
+    ServerlessInference,
+    home,
+)
 from cv_factory_ops.deploy import shapes
+from cv_factory_ops.deploy.rollout import BEFORE, SERVES, Busy, Release, RolledOut, Serving, settled
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable
-from cv_factory_ops.promotion import require_may_roll_out
-from cv_factory_ops.records import DeployRecord, RegisterRecord
-from cv_factory_ops.stage import Stage
 
 log = logging.getLogger("cvf")
 
 IN_PROGRESS = {"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"}
 LOCAL_REGION = "us-east-1"
-SERVES, BEFORE, SCALES = "endpoint-config", "previous-config", "autoscaling"
-"""Tags of an endpoint: what it was last told to serve, what served before that, and whether its instances are scaled."""
+SCALES = "autoscaling"
+"""Tag of an endpoint: whether its instances are scaled."""
+ASYNC_SECONDS = 300
+"""For which an answer of an asynchronous endpoint is waited for; its instances may have to start first."""
 Tags = list[dict[str, str]]
 
 
-def run(stage: Stage) -> DeployRecord:
-    """Roll the registered bundle out to the project's endpoint, and wait until it serves.
+class SageMaker:
+    """See :class:`cv_factory_ops.deploy.rollout.Deployer`."""
 
-    Raises:
-        DataError: the bundle is not the registered one, its container failed, or an alarm went off; the endpoint went back.
-        Unavailable: the service throttles, or the rollout takes longer than ``deploy.timeout``.
-    """
-    require_may_roll_out(stage)
-    registered = stage.read(RegisterRecord)
-    config, digest = stage.config, registered.bundle_digest
-    with explained(config):
-        aws = session(config)
-        client = aws.client("sagemaker")
-        name = f"{config.endpoint_name}-{digest[:12]}-{shapes.settings_digest(config)}"
-        more = config.deploy.tags if isinstance(config.deploy, SageMakerDeploy) else {}
-        tags = {**more, "project": config.project, "run": stage.run, "bundle-digest": digest}
-        _create_model(client, config, name, _model_data(stage, registered), tags)
-        _create_endpoint_config(client, config, name, tags)
-        _put_alarms(aws, config)
-        previous = _roll_out(aws, config, name, tags)
-        _scale(aws, config)
-        _forget_alarms(aws, config)
-    return DeployRecord(
-        summary=f"endpoint {config.endpoint_name} serves model version {registered.model_version} (bundle {digest[:12]})",
-        endpoint_name=config.endpoint_name,
-        endpoint_config_name=name,
-        model_name=name,
-        bundle_digest=digest,
-        previous_config_name=previous,
-    )
+    def __init__(self, config: ProjectConfig) -> None:
+        self._config, self._name = config, config.endpoint_name
+
+    def roll_out(self, release: Release) -> RolledOut:
+        config, digest = self._config, release.bundle.digest
+        with self._explained() as aws:
+            client = aws.client("sagemaker")
+            name = f"{self._name}-{digest[:12]}-{shapes.settings_digest(config)}"
+            more = config.deploy.tags if isinstance(config.deploy, SageMakerDeploy) else {}
+            tags = {**more, "project": config.project, "run": release.run, "bundle-digest": digest}
+            _create_model(client, config, name, _model_data(config, release), tags)
+            _create_endpoint_config(client, config, name, tags)
+            _put_alarms(aws, config)
+            previous = _roll_out(aws, config, name, tags)
+            _scale(aws, config)
+            _forget_alarms(aws, config)
+        return RolledOut(name, name, previous)
+
+    def serving(self) -> Serving | None:
+        with self._explained() as aws:
+            endpoint = describe(aws.client("sagemaker"), self._name)
+        if endpoint is None:
+            return None
+        reason = " ".join(endpoint.get("FailureReason", "").split())
+        return Serving(endpoint["EndpointStatus"], endpoint["EndpointConfigName"], reason)
+
+    def invoke(self, body: bytes, content_type: str) -> bytes:
+        """Drift checks leave it out by its inference id."""
+        request_id = f"{captures.PROBE}{uuid.uuid4()}"
+        request = {"EndpointName": self._name, "ContentType": content_type, "InferenceId": request_id}
+        with self._explained() as aws:
+            runtime = aws.client("sagemaker-runtime")
+            if not isinstance(shapes.inference(self._config), AsynchronousInference):
+                answer: bytes = runtime.invoke_endpoint(**request, Body=body)["Body"].read()
+                return answer
+            location = f"{self._config.root}/async/in/{request_id}"
+            storage.write_bytes(location, body)
+            try:
+                return _awaited(self._name, runtime.invoke_endpoint_async(**request, InputLocation=location))
+            finally:
+                storage.delete_tree(location)
+
+    def put_back(self, config_name: str) -> None:
+        log.warning("deploy: endpoint %s goes back to %s", self._name, config_name)
+        with self._explained() as aws:
+            client, deadline = aws.client("sagemaker"), time.monotonic() + self._config.deploy.timeout
+            client.update_endpoint(EndpointName=self._name, EndpointConfigName=config_name, **_retained(self._config))
+            _require_rolled_out(_settled(client, self._name, deadline), self._name, config_name, "")
+
+    @functools.cached_property
+    def _session(self) -> Any:
+        return session(self._config)
+
+    @contextmanager
+    def _explained(self) -> Iterator[Any]:
+        """The session; what its clients raise is turned into one line of ours."""
+        try:
+            yield self._session
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in {"botocore", "boto3"}:
+                raise
+            raise _explained(error, f"endpoint {self._name}") from None
 
 
 def session(config: ProjectConfig) -> Any:
     """The boto3 session for the project's endpoint; the local endpoint is started when nothing answers at its address.
 
     Raises:
-        ConfigError: no region is set (SageMaker).
+        ConfigError: no region is set (SageMaker), or another service serves.
         Unavailable: the local endpoint cannot be started.
     """
     import boto3
 
-    if not isinstance(config.deploy, LocalDeploy):
+    deploy = shapes.settings(config)
+    if not isinstance(deploy, LocalDeploy):
         aws = boto3.Session()
         if aws.region_name is None:
             raise ConfigError("deploy: no AWS region; set AWS_DEFAULT_REGION or a profile")
@@ -90,7 +134,7 @@ def session(config: ProjectConfig) -> Any:
         return aws
     from cv_factory_ops.deploy.local import ensure_running
 
-    url = (os.environ.get("AWS_ENDPOINT_URL_SAGEMAKER") or config.deploy.url).rstrip("/")
+    url = (os.environ.get("AWS_ENDPOINT_URL_SAGEMAKER") or deploy.url).rstrip("/")
     ensure_running(url, home() / "var" / "endpoint", storage.path_of(config.storage_uri))
     aws = boto3.Session(aws_access_key_id="local", aws_secret_access_key="local", region_name=LOCAL_REGION)  # noqa: S106
     # Every client of this session, those that sagemaker.core creates included, goes to the local endpoint.
@@ -98,53 +142,22 @@ def session(config: ProjectConfig) -> Any:
     return aws
 
 
-@contextmanager
-def explained(config: ProjectConfig) -> Iterator[None]:
-    """Turn what AWS clients raise into one line of ours."""
-    try:
-        yield
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in {"botocore", "boto3"}:
-            raise
-        raise _explained(error, f"endpoint {config.endpoint_name}") from None
-
-
 def describe(client: Any, endpoint_name: str) -> dict[str, Any] | None:
     """The answer of DescribeEndpoint; None where there is no such endpoint."""
     return _found(client.describe_endpoint, EndpointName=endpoint_name)
 
 
-def _model_data(stage: Stage, registered: RegisterRecord) -> str:
+def _model_data(config: ProjectConfig, release: Release) -> str:
     """URI of the bundle's ``model.tar.gz``, packed where it is not there yet."""
-    uri = f"{stage.config.root}/models/{registered.bundle_digest}/model.tar.gz"
-    if not isinstance(stage.config.deploy, LocalDeploy) and not uri.startswith("s3://"):
-        raise ConfigError(f"storage: {stage.config.storage!r} given; allowed: s3://bucket/prefix, where SageMaker can read it")
-    bundle = Bundle.load(stage.local(registered.bundle))
-    if bundle.digest != registered.bundle_digest:
-        raise DataError(
-            f"{registered.bundle}: has digest {bundle.digest[:12]}, not {registered.bundle_digest[:12]} as registered; "
-            "it was changed afterwards"
-        )
+    uri = f"{config.root}/models/{release.bundle.digest}/model.tar.gz"
+    if not isinstance(config.deploy, LocalDeploy) and not uri.startswith("s3://"):
+        raise ConfigError(f"storage: {config.storage!r} given; allowed: s3://bucket/prefix, where SageMaker can read it")
     if not storage.exists(uri):
-        with tempfile.TemporaryDirectory(dir=stage.out) as folder:
+        with tempfile.TemporaryDirectory(dir=release.scratch) as folder:
             archive = Path(folder, "model.tar.gz")
-            pack(bundle.path, archive)
+            pack(release.bundle.path, archive)
             storage.upload_file(archive, uri)
     return uri
-
-
-def go_back(config: ProjectConfig, config_name: str) -> None:
-    """Serve an earlier endpoint config again, at once, and wait until it does.
-
-    Raises:
-        DataError: it cannot be served any more.
-        Unavailable: that takes longer than ``deploy.timeout``.
-    """
-    client, name = session(config).client("sagemaker"), config.endpoint_name
-    log.warning("deploy: endpoint %s goes back to %s", name, config_name)
-    client.update_endpoint(EndpointName=name, EndpointConfigName=config_name, **_retained(config))
-    endpoint = _settled(client, name, time.monotonic() + config.deploy.timeout)
-    _require_rolled_out(endpoint, name, config_name, "")
 
 
 def _create_model(client: Any, config: ProjectConfig, name: str, model_data: str, tags: dict[str, str]) -> None:
@@ -250,16 +263,23 @@ def _raised_alarms(aws: Any, config: ProjectConfig, endpoint: dict[str, Any] | N
 
 def _settled(client: Any, name: str, deadline: float) -> dict[str, Any] | None:
     """The endpoint once nothing is in progress; None where there is none."""
-    pause, seen = 0.1, ""
-    while (endpoint := describe(client, name)) and endpoint["EndpointStatus"] in IN_PROGRESS:
-        if endpoint["EndpointStatus"] != seen:
-            seen = endpoint["EndpointStatus"]
-            log.info("deploy: endpoint %s is %s", name, seen)
-        if time.monotonic() > deadline:
-            raise Unavailable(f"endpoint {name}: is still {seen} after deploy.timeout; a retry goes on waiting")
-        time.sleep(pause)
-        pause = min(1.5 * pause, 10)
-    return endpoint
+    return settled(lambda: describe(client, name), _in_progress, f"endpoint {name}", deadline)
+
+
+def _in_progress(endpoint: dict[str, Any] | None) -> str:
+    status = endpoint["EndpointStatus"] if endpoint else ""
+    return status if status in IN_PROGRESS else ""
+
+
+def _awaited(name: str, asked: dict[str, Any]) -> bytes:
+    deadline = time.monotonic() + ASYNC_SECONDS
+    while time.monotonic() < deadline:
+        if storage.exists(asked["OutputLocation"]):
+            return storage.read_bytes(asked["OutputLocation"])
+        if (failure := asked.get("FailureLocation")) and storage.exists(failure):
+            raise DataError(f"endpoint {name}: the model refused a request; its reason lies at {failure}")
+        time.sleep(0.5)
+    raise Unavailable(f"endpoint {name}: gave no answer within {ASYNC_SECONDS} s")
 
 
 def _require_rolled_out(endpoint: dict[str, Any] | None, name: str, config_name: str, alarms: str) -> None:
@@ -306,7 +326,8 @@ def _explained(error: Exception, subject: str) -> CvFactoryError:
         case "ExpiredTokenException" | "InvalidSignatureException" | "ResourceLimitExceeded":
             return ConfigError(f"{subject}: SageMaker refused ({code}): {' '.join(message.split())}")
         case "ModelError":
-            return DataError(f"{subject}: the model refused: {' '.join(message.split())}")
+            problem = Busy if response.get("OriginalStatusCode") == 503 else DataError
+            return problem(f"{subject}: the model refused: {' '.join(message.split())}")
     if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
         return ConfigError(f"{subject}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile")
     return Unavailable(f"{subject}: {code or type(error).__name__}: {' '.join((message or str(error)).split())}")

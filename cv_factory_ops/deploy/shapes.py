@@ -24,6 +24,7 @@ from cv_factory_ops.config import (
     SageMakerDeploy,
     ServerlessInference,
 )
+from cv_factory_ops.errors import ConfigError
 
 Shape = dict[str, Any]
 VARIANT = "AllTraffic"
@@ -31,22 +32,34 @@ LIMITS = 600, 28800
 """Least and most of ``MaximumExecutionTimeoutInSeconds``."""
 
 
+def settings(config: ProjectConfig) -> LocalDeploy | SageMakerDeploy:
+    """The project's deployment settings.
+
+    Raises:
+        ConfigError: they are of a service with another API.
+    """
+    if isinstance(config.deploy, LocalDeploy | SageMakerDeploy):
+        return config.deploy
+    raise ConfigError(f"deploy.kind: {config.deploy.kind} given; allowed where SageMaker's API is asked: local, sagemaker")
+
+
 def inference(config: ProjectConfig) -> Inference:
     """How the endpoint answers; the local one at once."""
-    return RealtimeInference() if isinstance(config.deploy, LocalDeploy) else config.deploy.inference
+    deploy = settings(config)
+    return RealtimeInference() if isinstance(deploy, LocalDeploy) else deploy.inference
 
 
 def settings_digest(config: ProjectConfig) -> str:
     """What the model and the endpoint config hold besides the bundle: image, role, instances, network, keys, captures."""
     elsewhere = {"url", "timeout", "rollout", "golden", "tags"}
-    settings = config.deploy.model_dump(mode="json", exclude=elsewhere)
-    settings.get("inference", {}).pop("autoscaling", None)
-    return storage.text_digest(f"{sorted(settings.items())} {captures.folder(config)} {config.root}")[:8]
+    held = config.deploy.model_dump(mode="json", exclude=elsewhere)
+    held.get("inference", {}).pop("autoscaling", None)
+    return storage.text_digest(f"{sorted(held.items())} {captures.folder(config)} {config.root}")[:8]
 
 
 def model(config: ProjectConfig, name: str, model_data: str) -> Shape:
     """CreateModel."""
-    deploy = config.deploy
+    deploy = settings(config)
     container: Shape = {"ModelDataUrl": model_data, "Environment": {"OMP_NUM_THREADS": "1"}}
     if isinstance(deploy, LocalDeploy):
         role = "arn:aws:iam::000000000000:role/local"

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import functools
 import json
-import time
-import uuid
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from cv_factory_ops import audit, captures, promotion, registry, storage
-from cv_factory_ops.config import AsynchronousInference, ProjectConfig
-from cv_factory_ops.deploy import golden, shapes
-from cv_factory_ops.deploy.sagemaker import describe, explained, go_back, session
+from cv_factory_ops import audit, promotion, registry, storage
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.deploy import golden
+from cv_factory_ops.deploy.rollout import IN_SERVICE, Busy, Deployer, open_deployer
 from cv_factory_ops.errors import CvFactoryError, DataError, Unavailable
 from cv_factory_ops.records import DeployRecord, PromoteRecord, RegisterRecord, VerifyRecord
 from cv_factory_ops.stage import Stage, read_result
 
-ASYNC_SECONDS = 300
-"""For which an answer of an asynchronous endpoint is waited for; its instances may have to start first."""
 BUSY_SECONDS = 30
 """For which a container that is busy is asked again."""
 WHY_BACK = "put_back.txt"
@@ -76,8 +72,7 @@ def put_back(stage: Stage, error: CvFactoryError) -> str:
     if not storage.exists(f"{stage.run}/deploy/result.json"):
         return ""
     try:
-        with explained(stage.config):
-            return _put_back(stage, stage.read(DeployRecord), error)
+        return _put_back(stage, stage.read(DeployRecord), error)
     except CvFactoryError as problem:
         return f"endpoint {stage.config.endpoint_name} could not be put back: {problem}"
 
@@ -100,80 +95,46 @@ def live(config: ProjectConfig) -> Live:
         DataError: its answer names no bundle.
         Unavailable: it is not in service.
     """
-    name = config.endpoint_name
-    with explained(config):
-        aws = session(config)
-        endpoint = describe(aws.client("sagemaker"), name)
-        status = endpoint["EndpointStatus"] if endpoint else "missing"
-        if endpoint is None or status != "InService":
-            raise Unavailable(f"endpoint {name}: is {status}, not InService")
-        digest = _answered_digest(aws, config)
-    reason = " ".join(endpoint.get("FailureReason", "").split())
-    return Live(name, status, endpoint["EndpointConfigName"], digest, reason)
+    name, deployer = config.endpoint_name, open_deployer(config)
+    serving = deployer.serving()
+    if serving is None or serving.status != IN_SERVICE:
+        raise Unavailable(f"endpoint {name}: is {serving.status if serving else 'missing'}, not {IN_SERVICE}")
+    digest = _answered_digest(deployer, name)
+    return Live(name, serving.status, serving.config_name, digest, serving.failure_reason)
 
 
-def _answered_digest(aws: Any, config: ProjectConfig) -> str:
+def _answered_digest(deployer: Deployer, name: str) -> str:
     """The bundle digest in the answer to one synthetic image."""
     ramp = [0.45 + column / 160 for column in range(16)]  # inside of any range that a bundle may declare
     body = json.dumps({"instances": [[ramp] * 16], "spacing": [1, 1]}).encode()
     try:
-        return str(json.loads(_answer(aws, config, body, "application/json"))["bundle_digest"])
+        return str(json.loads(_answer(deployer, body, "application/json"))["bundle_digest"])
     except (ValueError, KeyError, TypeError):
-        name = config.endpoint_name
         raise DataError(f"endpoint {name}: its answer names no bundle digest; it is not a server of ours") from None
 
 
 def _golden_differences(stage: Stage, bundle_digest: str) -> list[float]:
     """Of each golden study, the largest difference of a probability."""
-    config, tolerance = stage.config, stage.config.deploy.golden.tolerance
-    found = golden.studies(stage, bundle_digest)
-    with explained(config):
-        aws = session(config)
-        return [
-            golden.require_answer(study, number, _answer(aws, config, study.body, study.content_type), config.labels, tolerance)
-            for number, study in enumerate(found, start=1)
-        ]
-
-
-def _is_busy(error: BaseException) -> bool:
-    """Whether a container has refused because of what others ask of it: that says nothing of the model."""
-    return getattr(error, "response", {}).get("OriginalStatusCode") == 503
+    config, tolerance, deployer = stage.config, stage.config.deploy.golden.tolerance, open_deployer(stage.config)
+    return [
+        golden.require_answer(study, number, _answer(deployer, study.body, study.content_type), config.labels, tolerance)
+        for number, study in enumerate(golden.studies(stage, bundle_digest), start=1)
+    ]
 
 
 @retry(
-    retry=retry_if_exception(_is_busy), stop=stop_after_delay(BUSY_SECONDS), wait=wait_random_exponential(max=2), reraise=True
+    retry=retry_if_exception_type(Busy), stop=stop_after_delay(BUSY_SECONDS), wait=wait_random_exponential(max=2), reraise=True
 )
-def _answer(aws: Any, config: ProjectConfig, body: bytes, content_type: str) -> bytes:
-    """The endpoint's answer to a request that drift checks leave out by its inference id."""
-    runtime, request_id = aws.client("sagemaker-runtime"), f"{captures.PROBE}{uuid.uuid4()}"
-    request = {"EndpointName": config.endpoint_name, "ContentType": content_type, "InferenceId": request_id}
-    if not isinstance(shapes.inference(config), AsynchronousInference):
-        answer: bytes = runtime.invoke_endpoint(**request, Body=body)["Body"].read()
-        return answer
-    location = f"{config.root}/async/in/{request_id}"
-    storage.write_bytes(location, body)
-    try:
-        return _awaited(config, runtime.invoke_endpoint_async(**request, InputLocation=location))
-    finally:
-        storage.delete_tree(location)
-
-
-def _awaited(config: ProjectConfig, asked: dict[str, Any]) -> bytes:
-    deadline = time.monotonic() + ASYNC_SECONDS
-    while time.monotonic() < deadline:
-        if storage.exists(asked["OutputLocation"]):
-            return storage.read_bytes(asked["OutputLocation"])
-        if (failure := asked.get("FailureLocation")) and storage.exists(failure):
-            raise DataError(f"endpoint {config.endpoint_name}: the model refused a request; its reason lies at {failure}")
-        time.sleep(0.5)
-    raise Unavailable(f"endpoint {config.endpoint_name}: gave no answer within {ASYNC_SECONDS} s")
+def _answer(deployer: Deployer, body: bytes, content_type: str) -> bytes:
+    return deployer.invoke(body, content_type)
 
 
 def _put_back(stage: Stage, asked: DeployRecord, error: CvFactoryError) -> str:
     entry = audit.head(stage.config)
     champion = entry.change.aliases.get("champion") if entry else None
-    endpoint = describe(session(stage.config).client("sagemaker"), asked.endpoint_name)
-    if endpoint is None or endpoint["EndpointConfigName"] != asked.endpoint_config_name:
+    deployer = open_deployer(stage.config)
+    serving = deployer.serving()
+    if serving is None or serving.config_name != asked.endpoint_config_name:
         return ""
     if champion == stage.read(RegisterRecord).model_version:
         return ""
@@ -182,7 +143,7 @@ def _put_back(stage: Stage, asked: DeployRecord, error: CvFactoryError) -> str:
         return f"endpoint {asked.endpoint_name} served nothing before, so it was left as it is"
     why = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, {stage.name}: {error}"
     storage.write_bytes(f"{stage.run}/{WHY_BACK}", why.encode())
-    go_back(stage.config, before)
+    deployer.put_back(before)
     return f"the endpoint was put back to {before}"
 
 

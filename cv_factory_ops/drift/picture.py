@@ -1,4 +1,5 @@
-"""The picture of a drift check: every column's p-value against the threshold, and the clearest drifts as histograms."""
+"""The pictures of a drift check: p-values against the threshold, the clearest drifts as histograms, and of both sides the
+embedding and example images."""
 
 from __future__ import annotations
 
@@ -9,20 +10,28 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from cv_factory_ops.drift.subgroups import telling
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
     from cv_factory_ops.drift.detect import Comparison, Verdict
+    from cv_factory_ops.drift.examples import Examples
 
 _QUIET, _DRIFTED, _REFERENCE = "#9aa5b1", "#c8442b", "#3b6ea5"
 _SMALLEST = 1e-16
 """p-values below are drawn as this one, so that the threshold stays in sight."""
+_MOST = 16
+"""Columns whose p-values are drawn, those of the strongest evidence."""
+_POINTS = 2_000
+"""Of a side in the embedding map: more would hide one another."""
 
 
 def draw(comparison: Comparison, verdict: Verdict, path: Path) -> None:
     """Write the picture as PNG."""
-    detailed = list(verdict.drifted)[:4]
-    height = max(3.2, 1.7 * len(detailed), 1.2 + 0.24 * len(verdict.p_values))
+    detailed = list(telling(verdict.drifted))[:4]
+    height = max(3.2, 1.7 * len(detailed), 1.2 + 0.24 * min(len(verdict.p_values), _MOST))
     figure = Figure(figsize=(11 if detailed else 7, height), layout="constrained")
     grid = figure.add_gridspec(max(len(detailed), 1), 2 if detailed else 1, width_ratios=(3, 2) if detailed else None)
     _draw_p_values(figure.add_subplot(grid[:, 0]), verdict)
@@ -31,8 +40,56 @@ def draw(comparison: Comparison, verdict: Verdict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_embedding(comparison: Comparison, path: Path) -> bool:
+    """Write the map of both sides by the first two components of the embedding; False where there are none."""
+    names = ["embedding_0", "embedding_1"]
+    if not set(names) <= comparison.testable.keys():
+        return False
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    sides = (comparison.reference, "reference", _REFERENCE, 14), (comparison.window, "window", _DRIFTED, 18)
+    for side, label, colour, size in sides:
+        points = side[names].dropna()
+        shown = points.sample(min(len(points), _POINTS), random_state=0)
+        axes.scatter(shown[names[0]], shown[names[1]], s=size, color=colour, alpha=0.45, linewidths=0, label=label)
+        middle = points.median()
+        axes.scatter(middle.iloc[:1], middle.iloc[1:], marker="P", s=140, color=colour, edgecolors="white", zorder=3)
+    axes.set_xlabel("first component", fontsize=9)
+    axes.set_ylabel("second component", fontsize=9)
+    axes.set_title("Embedding of the images (crosses: medians)", loc="left", fontsize=11)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def draw_examples(sides: dict[str, Examples], feature: str, path: Path) -> bool:
+    """Write a row of images for each side, from the least to the greatest value of the feature; False where there are none."""
+    sides = {name: side for name, side in sides.items() if side.images}
+    if not sides:
+        return False
+    columns = max(len(side.images) for side in sides.values())
+    figure = Figure(figsize=(max(1.6 * columns, 5.0), 2.15 * len(sides)), layout="constrained")
+    rows = figure.subfigures(len(sides), 1, squeeze=False)[:, 0]
+    for row, (name, side) in zip(rows, sides.items(), strict=True):
+        _draw_row(row, f"{name}, by {feature}", side, columns)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _draw_row(row: SubFigure, title: str, side: Examples, columns: int) -> None:
+    row.suptitle(title, fontsize=10, x=0.01, ha="left")
+    panels = row.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, image, value in zip(panels, side.images, side.values, strict=False):
+        axes.imshow(image / 65535, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(f"{value:.3g}", fontsize=8, pad=2)
+
+
 def _draw_p_values(axes: Axes, verdict: Verdict) -> None:
-    names = sorted(verdict.p_values, key=lambda name: verdict.p_values[name], reverse=True)
+    names = sorted(verdict.p_values, key=lambda name: verdict.p_values[name])[:_MOST][::-1]
     evidence = [-np.log10(max(verdict.p_values[name], _SMALLEST)) for name in names]
     colours = [_DRIFTED if name in verdict.drifted else _QUIET for name in names]
     axes.barh(names, evidence, color=colours)
@@ -47,7 +104,7 @@ def _draw_p_values(axes: Axes, verdict: Verdict) -> None:
     axes.set_ylim(-0.6, len(names) + 0.4)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("p-value (a longer bar is stronger evidence)", fontsize=9)
-    axes.set_title(f"{len(verdict.drifted)} of {len(names)} features drifted", loc="left", fontsize=11)
+    axes.set_title(f"{len(verdict.drifted)} of {len(verdict.p_values)} features drifted", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -1,18 +1,28 @@
-"""The window of a drift check: the captures behind the cursor, each consumed by exactly one finished check.
+"""The window of a drift check: the captures that no check has consumed yet, each consumed by exactly one finished check.
 
-    report written to the stage's private folder -> cursor moved -> folder published with result.json
+    report written to the stage's private folder -> cursor moved -> folder published with window.json and result.json
 
-The cursor names the run that moved it and the window that it moved over, so that kill -9 is safe between any two steps: the
-same run, retried, takes the same window again; where that run never finished, the next check takes its captures in.
+The cursor (:class:`cv_factory_ops.records.Cursor`) holds how far each file of the last hours was read, so that a file that
+arrives behind a newer one is not missed. It names the run that moved it and the window that it moved over, so that kill -9 is
+safe between any two steps: the same run, retried, takes the same window again; where that run never finished, the next check
+takes its captures in.
+
+Memory does not grow with the log: lines are read one at a time, and of the answers a uniform sample is kept.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from random import Random
+from typing import Any, TextIO
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cv_factory_ops import captures, storage
@@ -20,50 +30,131 @@ from cv_factory_ops.bundle import missing_to_nan
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.errors import DataError, Unavailable
-from cv_factory_ops.records import DriftRecord, Frozen
+from cv_factory_ops.metrics import Labels
+from cv_factory_ops.records import Cursor, DriftRecord, Quality, Reading
 from cv_factory_ops.stage import Stage, now
 
 log = logging.getLogger("cvf")
 
+WINDOW, QUARANTINE = "window.json", "quarantine.jsonl"
+Row = dict[str, str | float]
 
-class Cursor(Frozen):
-    """``<project>/drift/cursor.json``."""
 
-    run: str
-    """URI of the run of the drift check that moved it."""
-    start: str
-    """Capture position before that check's window (exclusive)."""
-    end: str
-    """Capture position that its window ends at (inclusive)."""
+class Sample:
+    """Of all rows that were offered, ``size`` ones that are each as likely to be kept (Vitter 1985, algorithm R)."""
+
+    def __init__(self, size: int, seed: str) -> None:
+        self.rows: list[tuple[Row, str, int]] = []
+        """Features, position of the capture, and which of its predictions it is."""
+        self.offered = 0
+        self._size, self._random = size, Random(seed)  # noqa: S311 - a sample, not a secret
+
+    def offer(self, row: Row, position: str, number: int) -> None:
+        self.offered += 1
+        if len(self.rows) < self._size:
+            self.rows.append((row, position, number))
+        elif (place := int(self._random.random() * self.offered)) < self._size:
+            self.rows[place] = (row, position, number)
+
+
+class Labelled:
+    """Answers whose labels have arrived, as plain numbers: a million of two classes take some 20 MiB."""
+
+    def __init__(self, names: Sequence[str], arrived: Mapping[str, str]) -> None:
+        """``arrived``: label by inference id."""
+        self._numbers, self._arrived = {name: i for i, name in enumerate(names)}, arrived
+        self._labels, self._probabilities = array("q"), array("d")
+
+    def offer(self, inference_id: str, predictions: Sequence[Mapping[str, Any]]) -> None:
+        """An answer about one image; a label of a request with several says not which one is meant."""
+        number = self._numbers.get(self._arrived.get(inference_id, ""))
+        if number is None or len(predictions) != 1:
+            return
+        scores = [float(predictions[0]["scores"][name]) for name in self._numbers]
+        self._labels.append(number)
+        self._probabilities.extend(scores)
+
+    @property
+    def labels(self) -> Labels:
+        """(N,)"""
+        return np.array(self._labels, dtype=np.int64)
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """(N, classes)"""
+        return np.array(self._probabilities, dtype=np.float64).reshape(-1, len(self._numbers))
+
+
+class Quarantine:
+    """What cannot be read, by position and reason; never what it holds."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.lines = 0
+        """Those that are no captures."""
+        self._file = file
+
+    def broken(self, position: str, reason: str) -> None:
+        self.lines += 1
+        self.note(position, f"is not a capture record ({reason})")
+
+    def note(self, position: str, reason: str) -> None:
+        self._file.write(json.dumps({"position": position, "reason": reason}) + "\n")
 
 
 @dataclass
 class Window:
-    """What was found behind the cursor."""
+    """What the captures of a check hold."""
 
     cursor: Cursor | None
     """The cursor as it was when the window was read."""
-    start: str
-    """Position before the first capture (exclusive); empty at the first window."""
-    end: str
-    """Position of the last capture."""
+    start: Reading
+    end: Reading
     settled: bool
     """An earlier try of this run has moved the cursor over it."""
+    previous: str
+    """URI of the run of the last finished check before it; empty at the first."""
+    sample: Sample
+    labelled: Labelled
     requests: int = 0
     """Captures answered by the champion."""
     foreign: int = 0
     """Captures answered by another bundle, as during a rollout; left out."""
     unreadable: int = 0
     """Captures whose answer is not an answer of ours; left out."""
-    rows: list[dict[str, str | float]] = field(default_factory=list)
-    """Features of each prediction, in the terms of the bundle's reference."""
+    quarantined: int = 0
+    """Lines that are no captures."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Captures of a refusal, by its code; left out."""
+    missing: Counter[str] = field(default_factory=Counter)
+    """Answers that lack a feature."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """Features of the sample, in the terms of the bundle's reference."""
+        return [row for row, _, _ in self.sample.rows]
+
+    @property
+    def quality(self) -> Quality:
+        answers = max(self.sample.offered, 1)
+        return Quality(
+            foreign=self.foreign,
+            unreadable=self.unreadable,
+            quarantined=self.quarantined,
+            refused=dict(self.refused),
+            missing={name: round(count / answers, 6) for name, count in self.missing.items()},
+        )
 
     @property
     def left_out(self) -> str:
         """The captures that do not count, in words; empty where there are none."""
         parts = [
             f"; {count} {what} left out"
-            for count, what in ((self.foreign, "answers of another model"), (self.unreadable, "unreadable answers"))
+            for count, what in (
+                (self.foreign, "answers of another model"),
+                (self.unreadable, "unreadable answers"),
+                (sum(self.refused.values()), "refused requests"),
+                (self.quarantined, "broken lines"),
+            )
             if count
         ]
         return "".join(parts)
@@ -75,18 +166,31 @@ def fingerprint(stage: Stage) -> str:
     return now(stage) if published and published.verdict == "not enough data" else ""
 
 
-def read_window(stage: Stage, bundle_digest: str, kinds: dict[str, Kind]) -> Window:
-    """The window of this run; ``kinds`` are the features of the champion's bundle.
+def read_window(stage: Stage, bundle_digest: str, kinds: Mapping[str, Kind], labels: Sequence[str] = ()) -> Window:
+    """The window of this run; ``kinds`` are the features of the champion's bundle, ``labels`` its classes where their late
+    labels are asked for. What cannot be read is noted in ``quarantine.jsonl`` of the stage's folder, by position and reason.
 
     Raises:
         DataError: the cursor cannot be read.
     """
-    cursor = read_cursor(stage.config)
-    start, end = _bounds(stage, cursor)
-    window = Window(cursor, start, start, settled=end is not None)
-    for capture in _between(stage.config, start, end):
-        window.end = capture.position
-        _add(window, capture, bundle_digest, kinds)
+    config, cursor = stage.config, read_cursor(stage.config)
+    start, until, previous = _bounds(stage, cursor)
+    sample = Sample(config.drift.sample, stage.run)
+    labelled = Labelled(labels, captures.read_labels(config) if labels else {})
+    window = Window(cursor, start, start, until is not None, previous, sample, labelled)
+    read: dict[str, int] = {}
+    stage.out.mkdir(parents=True, exist_ok=True)
+    with (stage.out / QUARANTINE).open("w", encoding="utf-8") as file:
+        quarantine = Quarantine(file)
+        for name, first, end in captures.unread(config, start, until):
+            for behind, capture in captures.read_file(config, name, first, end, quarantine.broken):
+                read[name] = behind
+                if capture:
+                    _add(window, capture, bundle_digest, kinds, quarantine)
+    window.quarantined = quarantine.lines
+    window.end = until or start.advanced(read, config.drift.late_hours)
+    if found := window.quarantined + window.unreadable:
+        log.warning("captures: %d could not be read, see %s", found, stage.uri(QUARANTINE))
     return window
 
 
@@ -96,12 +200,13 @@ def consume(stage: Stage, window: Window) -> None:
     Raises:
         Unavailable: another check has moved it since; a retry takes what is left.
     """
+    moved = Cursor(run=stage.run, start=window.start, end=window.end, previous=window.previous).model_dump_json(indent=2)
+    (stage.out / WINDOW).write_text(moved, encoding="utf-8")
     if window.settled:
         return
     if read_cursor(stage.config) != window.cursor:
         raise Unavailable(f"{_cursor_uri(stage.config)}: another drift check has moved it meanwhile; try again")
-    cursor = Cursor(run=stage.run, start=window.start, end=window.end)
-    storage.write_bytes(_cursor_uri(stage.config), cursor.model_dump_json(indent=2).encode())
+    storage.write_bytes(_cursor_uri(stage.config), moved.encode())
 
 
 def read_cursor(config: ProjectConfig) -> Cursor | None:
@@ -110,7 +215,10 @@ def read_cursor(config: ProjectConfig) -> Cursor | None:
     Raises:
         DataError: the file is not a cursor.
     """
-    uri = _cursor_uri(config)
+    return _read_cursor(_cursor_uri(config))
+
+
+def _read_cursor(uri: str) -> Cursor | None:
     if not storage.exists(uri):
         return None
     try:
@@ -123,16 +231,19 @@ def _cursor_uri(config: ProjectConfig) -> str:
     return f"{config.root}/drift/cursor.json"
 
 
-def _bounds(stage: Stage, cursor: Cursor | None) -> tuple[str, str | None]:
-    """Position before the window of this run and, where an earlier try has settled it, the one that it ends at."""
-    if (published := _published(stage)) and published.verdict != "not enough data":
-        return published.window_start, published.window_end
+def _bounds(stage: Stage, cursor: Cursor | None) -> tuple[Reading, Reading | None, str]:
+    """What this run begins behind and, where an earlier try has settled that, ends at; and the finished check before it."""
+    if _has_verdict(stage.run) and (own := _read_cursor(stage.uri(WINDOW))):
+        return own.start, own.end, own.previous
     if cursor is None:
-        return "", None
-    if cursor.run == stage.run:
-        return cursor.start, cursor.end
-    finished = storage.exists(f"{cursor.run}/drift/result.json")
-    return (cursor.end if finished else cursor.start), None
+        return Reading(), None, ""
+    finished = _has_verdict(cursor.run)
+    return *cursor.window(stage.run, finished), cursor.before(stage.run, finished)
+
+
+def _has_verdict(run: str) -> bool:
+    """Whether a check has published one; on S3 the record comes last, and goes first."""
+    return all(storage.exists(f"{run}/{DriftRecord.stage}/{name}") for name in (WINDOW, "result.json"))
 
 
 def _published(stage: Stage) -> DriftRecord | None:
@@ -143,24 +254,26 @@ def _published(stage: Stage) -> DriftRecord | None:
         return None
 
 
-def _between(config: ProjectConfig, start: str, end: str | None) -> Iterator[captures.Capture]:
-    for capture in captures.read(config, after=start):
-        if end is not None and capture.position > end:
-            return
-        yield capture
-
-
-def _add(window: Window, capture: captures.Capture, bundle_digest: str, kinds: dict[str, Kind]) -> None:
+def _add(
+    window: Window, capture: captures.Capture, bundle_digest: str, kinds: Mapping[str, Kind], quarantine: Quarantine
+) -> None:
     try:
         answer = json.loads(capture.answer)
-        rows = [missing_to_nan(prediction["features"], kinds) for prediction in answer["predictions"]]
-        ours = answer["bundle_digest"] == bundle_digest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("capture %s: left out, its answer cannot be read (%s)", capture.position, type(error).__name__)
+        if "error" in answer and "code" in answer:
+            window.refused[str(answer["code"])[:40]] += 1
+            return
+        ours, predictions = answer["bundle_digest"] == bundle_digest, answer["predictions"]
+        rows = [missing_to_nan(prediction["features"], kinds) for prediction in predictions]
+        if ours:
+            window.labelled.offer(capture.inference_id, predictions)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        quarantine.note(capture.position, f"its answer cannot be read ({type(error).__name__})")
         window.unreadable += 1
         return
     if not ours:
         window.foreign += 1
     elif rows:
         window.requests += 1
-        window.rows += rows
+        for number, row in enumerate(rows):
+            window.missing.update(name for name, value in row.items() if value != value or value == "missing")
+            window.sample.offer(row, capture.position, number)

@@ -109,7 +109,7 @@ def _facts(stage: Stage, record: EvaluateRecord, manifest: BundleManifest) -> di
         "masks": manifest.task == "segmentation",
         "today": f"{datetime.now(UTC):%Y-%m-%d}",
         "colour": "grey" if manifest.channels == 1 else "colour",
-        "came": f"Source: {_code(config.data.source.kind)}; {ingest.captured} images are captured requests with later labels.",
+        "came": f"Source: {_code(config.data.source.kind)}, {ingest.accepted - ingest.captured} images; {_captured(ingest)}.",
         "counts": _counts(rows, manifest.labels),
         "metrics": _metrics(record, f"{config.evaluation.confidence:.0%} interval"),
         "subgroups": _subgroups(record, told),
@@ -123,6 +123,15 @@ def _facts(stage: Stage, record: EvaluateRecord, manifest: BundleManifest) -> di
         "metadata": _metadata(rows, stage.domain),
         "digests": _digests(ingest, preprocess, train, manifest),
     }
+
+
+def _captured(ingest: IngestRecord) -> str:
+    """Images that came by the endpoint, by what is known of them."""
+    bare = ingest.captured - ingest.late_labels - ingest.pseudo_labels
+    kinds = {"have late labels": ingest.late_labels, "no label": bare}
+    kinds["train with the champion's answer in place of a label"] = ingest.pseudo_labels
+    told = ", ".join(f"{count} {what}" for what, count in kinds.items() if count)
+    return f"{ingest.captured} images are captured requests" + (f" ({told})" if told else "")
 
 
 def _counts(rows: pd.DataFrame, labels: Sequence[str]) -> str:

@@ -19,9 +19,9 @@ from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import GateConfig, SubgroupRule
 from cv_factory_ops.evaluation.bootstrap import Interval, patients_of, percentile_interval, resamples
 from cv_factory_ops.evaluation.gate_picture import draw
-from cv_factory_ops.evaluation.subgroups import group_of
 from cv_factory_ops.evaluation.tasks import sampled
 from cv_factory_ops.evaluation.unseen import unseen
+from cv_factory_ops.groups import group_of
 from cv_factory_ops.records import Criterion, EvaluateRecord, GateRecord, IngestRecord, TrainRecord
 
 if TYPE_CHECKING:

@@ -47,6 +47,7 @@ def run(stage: Stage) -> IngestRecord:
     refusals += held_out
     splits.refuse_leakage(rows)
     splits.require_classes(rows, stage.config.labels)
+    rows = splits.learn_from_answers(rows)
     _keep_splits(stage, new)
     write_manifest(stage.out, rows, stage.domain.metadata)
     write_quarantine(stage.out / "quarantine.jsonl", refusals)
@@ -98,7 +99,7 @@ def _labelled(stage: Stage, opened: sources.Opened) -> Iterator[Row | Refusal]:
             yield result
             continue
         for row in result:
-            if isinstance(row, Refusal) or row.label >= 0:
+            if isinstance(row, Refusal) or row.label >= 0 or row.pseudo >= 0:
                 yield row
             elif opened.table and (found := opened.table.of_row(row)):
                 used.add(found.line)
@@ -158,6 +159,11 @@ def _locked(stage: Stage) -> list[str]:
 def _record(rows: Sequence[Row], refusals: Sequence[Refusal]) -> IngestRecord:
     counts = dict(sorted(Counter(row.split for row in rows).items()))
     summary = f"{len(rows)} images: " + ", ".join(f"{split} {count}" for split, count in counts.items())
+    captured = [row for row in rows if row.source == "capture"]
+    pseudo = sum(row.pseudo >= 0 for row in captured)
+    labelled = sum(row.label >= 0 for row in captured) - pseudo
+    if captured:
+        summary += f"; {len(captured)} of them captured ({labelled} with late labels, {pseudo} with the champion's answers)"
     if refusals:
         summary += f"; {len(refusals)} in quarantine ({_counts(refusals)})"
     if to_review := sum(bool(row.review) for row in rows):
@@ -169,7 +175,9 @@ def _record(rows: Sequence[Row], refusals: Sequence[Refusal]) -> IngestRecord:
         quarantine_reasons=dict(sorted(Counter(refusal.code for refusal in refusals).items())),
         to_review=to_review,
         splits=counts,
-        captured=sum(row.source == "capture" for row in rows),
+        captured=len(captured),
+        late_labels=labelled,
+        pseudo_labels=pseudo,
         data_digest=splits.data_digest(rows),
         test_digest=splits.test_digest(row.digest for row in rows if row.split == "test"),
     )

@@ -72,6 +72,8 @@ class Row:
     place: Place
     metadata: Metadata
     """Of the domain's names; a column ``meta_<name>`` each."""
+    pseudo: int = -1
+    """Index of the label that is the champion's answer and nobody else's; -1 everywhere else. Such images only train."""
     mask: StoredMask | None = None
     """Of a segmentation."""
 

@@ -22,7 +22,7 @@ def drop_duplicates(rows: Iterable[Row]) -> tuple[list[Row], list[Refusal]]:
     """
     first: dict[str, Row] = {}
     kept, refused = [], []
-    for row in sorted(rows, key=lambda row: row.label < 0):  # of two copies the one with a label
+    for row in sorted(rows, key=lambda row: (row.label < 0, row.pseudo < 0)):  # of two copies the one with a label
         known = first.get(row.digest)
         if known is None or (known.split == "reserve" and row.source == "capture"):
             first[row.digest] = row
@@ -59,9 +59,9 @@ def assign(rows: Sequence[Row], drawn: Mapping[str, str], locked: frozenset[str]
     came later are ``recent``: captures, and whatever belongs to a patient of the locked test set.
 
     Raises:
-        DataError: images of the locked test set are missing.
+        DataError: images of the locked test set are missing; a captured copy, with a label of its own, takes no one's place.
     """
-    if missing := locked - {row.digest for row in rows if row.label >= 0}:
+    if missing := locked - {row.digest for row in rows if row.label >= 0 and row.source != "capture"}:
         raise DataError(
             f"{len(missing)} of the {len(locked)} images of the locked test set are missing from the data: challenger and"
             " champion could not be compared; put them back, or delete locked_test.json of the project's storage to lock a"
@@ -90,6 +90,14 @@ def set_unlabelled_apart(rows: Iterable[Row]) -> tuple[list[Row], list[Refusal]]
         else:
             refused.append(Refusal(row.id, "held_out", f"has no label, and belongs to a patient of the {row.split} split"))
     return kept, refused
+
+
+def learn_from_answers(rows: Iterable[Row]) -> list[Row]:
+    """Images without a label of their own, for which the champion's answer may stand in, train with that. Until here they were
+    without one, so that no answer has a say in who is validated or tested on."""
+    return [
+        replace(row, label=row.pseudo, split="train") if row.pseudo >= 0 and row.split == "unlabelled" else row for row in rows
+    ]
 
 
 def group(row: Row) -> str:

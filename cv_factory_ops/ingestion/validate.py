@@ -98,6 +98,7 @@ class Validated:
             column_spacing=column_spacing,
             place=self._pixels.append(pixels),
             metadata=image.metadata,
+            pseudo=labels.index(item.pseudo) if item.pseudo else -1,
             mask=mask,
         )
 

@@ -214,6 +214,11 @@ def read_rows(folder: Path, split: str) -> pd.DataFrame:
     return pd.read_parquet(folder / f"{split}.parquet")
 
 
+def one_a_patient(rows: pd.DataFrame) -> NDArray[np.intp]:
+    """Places of the first image of each patient, and of all images whose patient is not known."""
+    return np.flatnonzero((rows["patient"] == "") | ~rows["patient"].duplicated())
+
+
 def read_index(folder: Path) -> Index:
     """The index of a folder of shards.
 

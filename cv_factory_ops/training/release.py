@@ -23,7 +23,7 @@ from cv_factory_ops.models import Classifier, Segmenter
 from cv_factory_ops.predictor import features, in_batches, infer, told
 from cv_factory_ops.preprocessing.embedders import Embedder, fit_embedder
 from cv_factory_ops.preprocessing.preprocess import geometries
-from cv_factory_ops.preprocessing.shards import read_rows
+from cv_factory_ops.preprocessing.shards import one_a_patient, read_rows
 from cv_factory_ops.preprocessing.statistics import image_statistics
 from cv_factory_ops.training.data import Shard
 from cv_factory_ops.training.train import Assignment
@@ -51,8 +51,9 @@ def write_bundle(assignment: Assignment, network: Classifier, device: torch.devi
     else:
         probabilities, embedding = infer(network, val.images, embedder)
         temperature, threshold, abstention = calibrate(val.labels, probabilities, config.calibration)
-        answers = [told(row) for row in tempered(probabilities, temperature)]
-    reference, kinds = reference_table(assignment, val, answers, pca.transform(embedding))
+        answers = [told(row, threshold, abstention) for row in tempered(probabilities, temperature)]
+    components = pca.transform(embedding)
+    reference, kinds = reference_table(assignment, val, answers, components, pca.residual(embedding, components))
     manifest = BundleManifest(
         project=config.project,
         domain=config.domain,
@@ -77,12 +78,12 @@ def write_bundle(assignment: Assignment, network: Classifier, device: torch.devi
 
 def _answers(
     assignment: Assignment, network: Classifier, val: Shard, embedder: Embedder | None
-) -> tuple[list[dict[str, float]], NDArray[np.float32]]:
+) -> tuple[list[dict[str, str | float]], NDArray[np.float32]]:
     """What the segmentations of the validation split say of themselves, and its embedding, without keeping the answers."""
-    answers, embeddings = [], []
+    answers, embeddings = list[dict[str, str | float]](), []
     places = geometries(read_rows(assignment.shards, "val"), assignment.config.preprocessing)
     for probabilities, embedding in in_batches(network, val.images, embedder):
-        answers += [segmentation.told(each, next(places).weights()) for each in probabilities]
+        answers += [{**segmentation.told(each, next(places).weights())} for each in probabilities]
         embeddings.append(embedding)
     return answers, np.concatenate(embeddings)
 
@@ -109,10 +110,15 @@ def fit_pca(embedding: NDArray[np.float32], components: int) -> Pca:
 
 
 def reference_table(
-    assignment: Assignment, shard: Shard, answers: Sequence[Mapping[str, float]], components: NDArray[np.float64]
+    assignment: Assignment,
+    shard: Shard,
+    answers: Sequence[Mapping[str, str | float]],
+    components: NDArray[np.float64],
+    residual: NDArray[np.float64],
 ) -> tuple[pd.DataFrame, dict[str, Kind]]:
     """The features of a split's images, and the kind of each; metadata that no image has is left out. ``answers`` are those of
-    :func:`cv_factory_ops.predictor.told` or :func:`cv_factory_ops.segmentation.told`.
+    :func:`cv_factory_ops.predictor.told` or :func:`cv_factory_ops.segmentation.told`, ``components`` and ``residual`` those of
+    :class:`cv_factory_ops.bundle.Pca`.
 
     One image a patient: the tests that drift is found by hold for independent rows.
     """
@@ -122,10 +128,13 @@ def reference_table(
     metadata = rows[[f"meta_{name}" for name in known]].set_axis(known, axis=1).astype(object)
     metadata = metadata.where(metadata.notna(), None)
     table = [
-        {**features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i]), **answers[int(i)]}
-        for i in np.flatnonzero((rows["patient"] == "") | ~rows["patient"].duplicated())
+        {
+            **features(image_statistics(shard.images[i]), metadata.iloc[i].to_dict(), components[i], residual[i]),
+            **answers[int(i)],
+        }
+        for i in one_a_patient(rows)
     ]
-    kinds: dict[str, Kind] = dict.fromkeys(table[0], "number")
+    kinds: dict[str, Kind] = {name: "category" if name == "abstained" else "number" for name in table[0]}
     kinds |= {f"metadata_{name}": domain.metadata[name] for name in known}
     return pd.DataFrame([missing_to_nan(row, kinds) for row in table]), kinds
 

@@ -34,7 +34,7 @@ from cv_factory_ops.config import (
 from cv_factory_ops.errors import GateRefused
 from cv_factory_ops.metrics import Labels, Scores, classification
 from cv_factory_ops.models import Classifier, join
-from cv_factory_ops.predictor import infer
+from cv_factory_ops.predictor import in_batches, infer
 from cv_factory_ops.training.data import Shard
 from cv_factory_ops.training.release import calibrate
 from cv_factory_ops.training.study import Trial
@@ -71,15 +71,15 @@ class Candidate:
     load: Callable[[Trial], Classifier]
     val: Shard
 
-    @cached_property
+    @property
     def network(self) -> Classifier:
-        """On the CPU, in evaluation mode."""
+        """On the CPU, in evaluation mode; read anew each time, so that none stays in memory that is not chosen."""
         return self.load(self.trial)
 
     @cached_property
     def probabilities(self) -> Scores:
         """(N, classes)"""
-        return infer(self.network, self.val.images)[0]
+        return np.concatenate([probabilities for probabilities, _ in in_batches(self.network, self.val.images)])
 
     @cached_property
     def scaling(self) -> Scaling:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from cv_factory_ops import protocol, storage
 from cv_factory_ops.config import PLACEMENT, CnnEmbedding, ProjectConfig, TrainingConfig, VitEmbedding, as_uri
 from cv_factory_ops.errors import CvFactoryError, DataError, Interrupted, PeerLost, Unavailable
-from cv_factory_ops.records import Frozen, IngestRecord, PreprocessRecord, TrainRecord
+from cv_factory_ops.records import Frozen, IngestRecord, PreprocessRecord, TrainRecord, WarmStart
+from cv_factory_ops.training import warm_start
 from cv_factory_ops.training.gang import (
     GOES_ON,
     LOOPBACK,
@@ -64,6 +65,7 @@ class Assignment(Frozen):
     std: float
     data_digest: str
     test_digest: str
+    warm_start: WarmStart | None = None
     trying: Trying | None = None
     """Of a trial: what its search tells it."""
 
@@ -80,6 +82,13 @@ class Assignment(Frozen):
     def stop(self) -> Path:
         """The file that asks the ranks of this node to keep a checkpoint and end."""
         return self.out / "stop"
+
+    @property
+    def initial_weights(self) -> str | None:
+        """Where the weights lie that training begins with; None where they are random."""
+        if self.warm_start and not self.warm_start.misfit:
+            return self.warm_start.weights
+        return self.config.model.weights
 
     def new_network(self) -> Classifier:
         """With random weights."""
@@ -147,9 +156,16 @@ def run(stage: Stage) -> TrainRecord:
         stage,
         outcome.mlflow_page,
         summary=f"validation {outcome.score} in epoch {outcome.best_epoch} of {outcome.epochs}, "
-        f"{outcome.images_per_second:.0f} images/s in {outcome.world_size} processes",
+        f"{outcome.images_per_second:.0f} images/s in {outcome.world_size} processes{_begun_with(assignment.warm_start)}",
+        warm_start=assignment.warm_start,
         **outcome.model_dump(include=set(TrainRecord.model_fields)),
     )
+
+
+def _begun_with(found: WarmStart | None) -> str:
+    if found is None:
+        return ""
+    return f", not from the champion's weights: {found.misfit}" if found.misfit else f", from champion version {found.version}"
 
 
 def record(stage: Stage, mlflow_page: str, **found: Any) -> TrainRecord:
@@ -215,17 +231,19 @@ def assign(stage: Stage, out: Path) -> Assignment:
     for name in PLACEMENT:
         del settings["training"][name]
     shards = _sound_shards(stage)
+    inputs_digest = storage.text_digest(json.dumps(settings) + preprocess.shards_digest + fingerprint(stage))
     return Assignment(
         config=config,
         run=stage.run,
         shards=shards,
         out=out,
         checkpoint=f"{checkpoints(stage.run)}/last.pt",
-        inputs_digest=storage.text_digest(json.dumps(settings) + preprocess.shards_digest + fingerprint(stage)),
+        inputs_digest=inputs_digest,
         mean=preprocess.mean,
         std=preprocess.std,
         data_digest=ingest.data_digest,
         test_digest=ingest.test_digest,
+        warm_start=warm_start.pinned(stage, f"{checkpoints(stage.run)}/warm-start-{inputs_digest[:12]}.json"),
     )
 
 

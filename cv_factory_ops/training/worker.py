@@ -99,7 +99,8 @@ def train(assignment: Assignment, world: World) -> None:
     torch.backends.cudnn.benchmark = not config.training.deterministic
     network = assignment.new_network()
     state = checkpoint.load(assignment.checkpoint, assignment.inputs_digest)
-    loaded = load_weights(network, config.model.weights) if config.model.weights and not state else None
+    begun_with = assignment.initial_weights
+    loaded = load_weights(network, begun_with) if begun_with and not state else None
     train, val = (Shard.open(assignment.shards, split) for split in ("train", "val"))
     trainer = Trainer(network, train, val, config.training, world, _unlabelled(assignment))
     if state:
@@ -115,8 +116,9 @@ def train(assignment: Assignment, world: World) -> None:
         return
     journal = Journal(assignment)
     if loaded:
-        with registry.explained("training"):
-            journal.client.set_tag(journal.run_id, "cvf.weights_sha256", loaded.sha256)
+        journal.tag("cvf.weights_sha256", loaded.sha256)
+    if assignment.warm_start:
+        journal.tag("cvf.warm_start", assignment.warm_start.told)
     steps = -(-len(train) // trainer.step_images)
     log.info("%d images, %d steps an epoch, %d ranks on %s", len(train), steps, world.size, world.device.type)
     with _memory_explained(config):
@@ -176,6 +178,11 @@ class Journal:
             registry.log_params(self.client, self.run_id, params)
         self.started = time.monotonic()
         self.epochs_logged = 0
+
+    def tag(self, name: str, value: str) -> None:
+        """Note something of the run."""
+        with registry.explained("training"):
+            self.client.set_tag(self.run_id, name, value)
 
     def epoch(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Log an epoch's metrics and keep its checkpoint."""

@@ -26,7 +26,7 @@ class MlflowRunLink(BaseOperatorLink):
 
 
 class DriftReportLink(BaseOperatorLink):
-    """Evidently's report of the window; none where the window was too small for one."""
+    """The page of the window, with Evidently's report behind it; none where the window was too small for one."""
 
     name = "Drift report"
 

@@ -50,6 +50,8 @@ class StageOperator(BaseOperator):
     """
 
     stage: ClassVar[str]
+    announced: ClassVar[tuple[str, ...]] = ()
+    """Fields of the record that the events of the task's assets tell."""
     template_fields: Sequence[str] = ("config", "run", "data", "overrides", "runtime")
     ui_color = "#e3eefa"
     _process: subprocess.Popen[bytes] | None = None
@@ -79,15 +81,15 @@ class StageOperator(BaseOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         match self.runtime:
             case "process":
-                return self._run_process(self._arguments(context)).record
+                return self._announce(context, self._run_process(self._arguments(context)).record)
             case "kubernetes":
-                return self._run_pods(context)
+                return self._announce(context, self._run_pods(context))
             case other:
                 raise AirflowFailException(f"runtime: {other!r} given; allowed: process, kubernetes")
 
     def trigger_reentry(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Go on when the triggerer has seen the pods end."""
-        return self._run_pods(context, event)
+        return self._announce(context, self._run_pods(context, event))
 
     def on_kill(self) -> None:
         """Stop the stage and everything that it started: politely first, then for certain."""
@@ -99,6 +101,11 @@ class StageOperator(BaseOperator):
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
         _signal_group(process, signal.SIGKILL)
+
+    def _announce(self, context: Context, record: dict[str, Any]) -> dict[str, Any]:
+        for asset in self.outlets:
+            context["outlet_events"][asset].extra = {name: record[name] for name in self.announced}
+        return record
 
     def _arguments(self, context: Context) -> list[str]:
         file, project, settings = self._project()
@@ -352,6 +359,7 @@ class PromoteOperator(StageOperator):
     """Move the alias ``champion`` to the verified version."""
 
     stage = "promote"
+    announced = ("model_name", "model_version", "bundle_digest", "summary")
     ui_color = "#e6e0f5"
     operator_extra_links = (MlflowRunLink(),)
 
@@ -360,15 +368,30 @@ class DriftOperator(StageOperator):
     """Compare the captured requests with the bundle's reference and write Evidently's report."""
 
     stage = "drift"
+    announced = ("verdict", "requests", "bundle_digest", "summary")
     ui_color = "#fdeecb"
     operator_extra_links = (DriftReportLink(),)
 
 
 class DecideOperator(StageOperator):
-    """Decide whether to retrain, and store why."""
+    """Decide whether to retrain, and store why.
+
+    :param why: a person's reason to retrain, whatever the rules say; empty where nobody gives one
+    :param by: who that is
+    """
 
     stage = "decide"
     ui_color = "#fdeecb"
+    template_fields = (*StageOperator.template_fields, "why", "by")
+
+    def __init__(self, *, why: str = "", by: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.why = why
+        self.by = by
+
+    def _command_line(self, file: str, run: str, settings: Sequence[str]) -> list[str]:
+        given = [f"--why={self.why}", f"--by={self.by}"] if self.why else []
+        return [*super()._command_line(file, run, settings), *given]
 
 
 class PredictOperator(StageOperator):

@@ -68,10 +68,8 @@ def _is_below(uri: str, root: str) -> bool:
 
 def _section(project: ProjectConfig) -> str:
     rows = "".join(_row(decision) for decision in _last_decisions(project.root))
-    table = (
-        f"<table><tr><th>Time (UTC)<th>Drift<th>Decision<th>Reason<th>Report</tr>{rows}</table>" if rows else "<p>None yet.</p>"
-    )
-    return f"<h2>{escape(project.project)}</h2>{table}"
+    head = "<tr><th>Time (UTC)<th>Drift<th>Asked for by<th>Decision<th>Reason<th>Report</tr>"
+    return f"<h2>{escape(project.project)}</h2>" + (f"<table>{head}{rows}</table>" if rows else "<p>None yet.</p>")
 
 
 def _last_decisions(root: str) -> list[dict[str, Any]]:
@@ -84,12 +82,38 @@ def _last_decisions(root: str) -> list[dict[str, Any]]:
 
 def _row(decision: dict[str, Any]) -> str:
     verdict = str(decision.get("verdict", ""))
-    decided = "retrain" if decision.get("retrain") else "keep the model"
-    report = f"{decision.get('run')}/drift/report.html"
+    report = f"{decision.get('run')}/drift/index.html"
     link = f'<a target="_blank" href="{escape(report_page(report))}">report</a>' if verdict in {"drift", "no drift"} else ""
-    minute = str(decision.get("time", ""))[:16].replace("T", " ")
-    cells = [minute, verdict, decided, decision.get("reason", "")]
-    return "<tr>" + "".join(f"<td>{escape(str(cell))}" for cell in cells) + f"<td>{link}</tr>"
+    asked = decision.get("who") or decision.get("trigger") or ""
+    cells = [_minute(decision.get("time")), verdict, asked, _answer(decision)]
+    reason = f"<td>{escape(str(decision.get('reason', '')))}{_details(decision)}"
+    return "<tr>" + "".join(f"<td>{escape(str(cell))}" for cell in cells) + f"{reason}<td>{link}</tr>"
+
+
+def _answer(decision: dict[str, Any]) -> str:
+    if decision.get("retrain"):
+        begin, made = _minute(decision.get("not_before")), _minute(decision.get("time"))
+        return f"retrain, not before {begin}" if begin > made else "retrain"
+    stopped = decision.get("stopped_by")
+    return f"keep the model: {stopped}" if stopped else "keep the model"
+
+
+def _details(decision: dict[str, Any]) -> str:
+    """All triggers and rules with their numbers."""
+    triggers = [
+        (item["trigger"], "asks" if item["asks"] else "does not ask", item["told"]) for item in decision.get("considered", [])
+    ]
+    rules = [
+        (item["rule"], "allows" if item["allows"] else "does not allow", item["told"]) for item in decision.get("rules", [])
+    ]
+    lines = "".join(f"<li><b>{escape(name)}</b> {answer}: {escape(told)}" for name, answer, told in triggers + rules)
+    run = str(decision.get("retraining") or "").rsplit("/", 1)[-1]
+    lines += f"<li>run <code>{escape(run)}</code>" if run else ""
+    return f"<details><summary>triggers and rules</summary><ul>{lines}</ul></details>" if lines else ""
+
+
+def _minute(time: object) -> str:
+    return str(time or "")[:16].replace("T", " ")
 
 
 PAGE = """<!doctype html>
@@ -102,6 +126,8 @@ PAGE = """<!doctype html>
   body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
   table {{ border-collapse: collapse; width: 100%; }}
   th, td {{ text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid #8884; }}
+  details {{ opacity: .8; }}
+  ul {{ margin: .2rem 0; padding-left: 1.2rem; }}
   td:first-child {{ white-space: nowrap; font-variant-numeric: tabular-nums; }}
 </style>
 <h1>Decisions</h1>

@@ -11,6 +11,7 @@ from typing import Any
 
 from airflow.sdk import BaseOperator, CronTriggerTimetable, Param, chain
 
+from cv_factory_airflow.assets import champion
 from cv_factory_airflow.operators import (
     APPROVE,
     REJECT,
@@ -112,7 +113,7 @@ def training_stages(config: ProjectConfig, settings: Mapping[str, Any] | None = 
         DeployOperator(task_id="deploy", settings=settings),
         VerifyOperator(task_id="verify", settings=settings),
         EvidenceOperator(task_id="evidence", settings=settings),
-        PromoteOperator(task_id="promote", settings=settings),
+        PromoteOperator(task_id="promote", settings=settings, outlets=[champion(config.project)]),
     )
 
 

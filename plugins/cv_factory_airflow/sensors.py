@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from airflow.sdk import BaseSensorOperator
 
 from cv_factory_airflow import run_uri, stored
 from cv_factory_airflow.operators import form_settings, load_project
+from cv_factory_ops.records import Cursor, Reading
 
 if TYPE_CHECKING:
     from airflow.sdk import Context, ObjectStoragePath
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # The verify stage's own requests, which no drift check sees. The library names them captures.PROBE, which brings its storage
 # clients along: too much for a DAG file. Whole lines are not decoded, as each holds an image.
 PROBE = re.compile(rb'"inferenceId": ?"verify-')
+FILE = re.compile(r"/(?P<variant>[^/]+)/(?P<hour>\d{4}/\d\d/\d\d/\d\d)/(?P<name>[^/]+)$")
 
 
 class CaptureWindowSensor(BaseSensorOperator):
@@ -54,18 +56,18 @@ class CaptureWindowSensor(BaseSensorOperator):
         _, project = load_project(self.config, form_settings(self.data, self.overrides))
         dag_run = context["dag_run"]
         captures = f"{project.root}/captures/{project.endpoint_name}"
-        after = consumed_position(project.root, run_uri(project.root, dag_run.dag_id, dag_run.run_id))
-        found, window = CaptureLog(captures, after).count(), project.drift.window
-        if found < window:
+        start, end = check_window(project.root, run_uri(project.root, dag_run.dag_id, dag_run.run_id))
+        found, window = CaptureLog(captures, start, end).count(), project.drift.window
+        if end is None and found < window:
             self.log.info(
                 "%d of %d requests captured behind %s; waiting up to %g minutes",
                 found,
                 window,
-                after or "the beginning",
+                start.last or "the beginning",
                 project.drift.wait_minutes,
             )
             deadline = time.time() + 60 * project.drift.wait_minutes
-            self.defer(trigger=CaptureWindowTrigger(captures, after, window, deadline), method_name="window_ready")
+            self.defer(trigger=CaptureWindowTrigger(captures, start, window, deadline), method_name="window_ready")
         return self.window_ready(context, {"requests": found})
 
     def window_ready(self, context: Context, event: dict[str, int]) -> dict[str, int]:
@@ -75,43 +77,61 @@ class CaptureWindowSensor(BaseSensorOperator):
 
 
 class CaptureLog:
-    """How many requests of consumers lie behind a position of an endpoint's capture log.
+    """How many requests of consumers a drift check would read of an endpoint's capture log.
 
-    The log is ``<captures>/<variant>/yyyy/mm/dd/hh/<file>.jsonl`` with a request a line; a position is
-    ``yyyy/mm/dd/hh/<file>.jsonl#<line>``, and what has a greater one lies behind it. A file is read again only when its size
-    has changed.
+    The log is ``<captures>/<variant>/yyyy/mm/dd/hh/<file>.jsonl`` with a request a line. A file is read again only when its
+    size has changed, and never what the check does not read.
     """
 
-    def __init__(self, captures: str, after: str = "") -> None:
+    def __init__(self, captures: str, start: Reading, end: Reading | None = None) -> None:
         self.folder = stored(captures)
-        self.after_file, _, self.after_line = after.partition("#")
+        self.start, self.end = start, end
         self._counted: dict[str, tuple[int, int]] = {}
 
     def count(self) -> int:
-        """Requests behind the position, now."""
+        """Requests from start to end, or to now."""
         if not self.folder.exists():
             return 0
         return sum(self._count_file(path) for path in self.folder.rglob("*.jsonl"))
 
     def _count_file(self, path: ObjectStoragePath) -> int:
-        place = "/".join(path.parts[-5:])  # without the variant: the hour, the file
-        if place < self.after_file:
+        place = FILE.search(str(path))
+        file = f"{place['hour']}/{place['variant']}/{place['name']}" if place else ""
+        start = self.start.of(file)
+        if not file or start == sys.maxsize:
             return 0
         size = path.stat().st_size
-        if self._counted.get(str(path), (-1, 0))[0] != size:
-            seen = int(self.after_line) + 1 if place == self.after_file else 0
-            requests = path.read_bytes().splitlines()[seen:]
-            self._counted[str(path)] = (size, sum(not PROBE.search(request) for request in requests))
-        return self._counted[str(path)][1]
+        end = min(size, self.end.of(file)) if self.end else size
+        if self._counted.get(file, (-1, 0))[0] != end:
+            self._counted[file] = (end, _count_requests(path, start, end) if start < end else 0)
+        return self._counted[file][1]
 
 
-def consumed_position(root: str, run: str) -> str:
-    """Position up to which earlier drift checks of the project have consumed the log; empty before the first.
+def _count_requests(path: ObjectStoragePath, start: int, end: int) -> int:
+    """Lines that begin in these bytes, line by line, as images may be large."""
+    found = 0
+    with path.open("rb") as file:  # type: ignore[no-untyped-call]
+        file.seek(start)
+        for line in file:
+            if start >= end:
+                break
+            found += bool(line.strip()) and not PROBE.search(line)
+            start += len(line)
+    return found
 
-    ``<root>/drift/cursor.json`` holds the last check's run, start and end: for a repeated check of that same run, the start.
-    """
-    cursor = stored(f"{root}/drift/cursor.json")
-    if not cursor.exists():
-        return ""
-    last = json.loads(cursor.read_text())
-    return str(last["start"] if last["run"] == run else last["end"])
+
+def check_window(root: str, run: str) -> tuple[Reading, Reading | None]:
+    """What the drift check of a run begins behind and, where an earlier try of it has settled that, ends at: as the stage
+    itself finds it, by ``<root>/drift/cursor.json`` and the ``window.json`` of checks that have a verdict."""
+    if _has_verdict(run):
+        own = Cursor.model_validate_json(stored(f"{run}/drift/window.json").read_bytes())
+        return own.start, own.end
+    found = stored(f"{root}/drift/cursor.json")
+    if not found.exists():
+        return Reading(), None
+    cursor = Cursor.model_validate_json(found.read_bytes())
+    return cursor.window(run, _has_verdict(cursor.run))
+
+
+def _has_verdict(run: str) -> bool:
+    return all(stored(f"{run}/drift/{name}").exists() for name in ("window.json", "result.json"))

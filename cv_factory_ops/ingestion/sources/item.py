@@ -37,6 +37,8 @@ class Item:
     split: str = ""
     """The split that the source fixes, if any."""
     source: str = "base"
+    pseudo: str = ""
+    """The champion's answer, where it may stand in for a label."""
     mask: Ref | None = None
     """Of a segmentation: where the classes of its pixels lie."""
     review: str = ""

@@ -1,0 +1,228 @@
+"""Drift, decisions and champion of projects for Prometheus: what their stored records say when it asks (``cvf exporter``), or
+pushed to a Pushgateway where a stage ``decide`` ends.
+
+Labels are names of ours, of features and of metrics alone, and the number of series of a project is bounded.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, generate_latest, push_to_gateway
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, basic_auth_handler, default_handler
+from prometheus_client.registry import Collector
+
+from cv_factory_ops import audit, notify
+from cv_factory_ops.config import ProjectConfig, PushgatewayConfig
+from cv_factory_ops.drift.decisions import Decision, outcome, read, stored_uris
+from cv_factory_ops.errors import CvFactoryError, DataError
+from cv_factory_ops.records import DriftRecord
+from cv_factory_ops.stage import read_result
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from cv_factory_ops.stage import Stage
+
+log = logging.getLogger("cvf")
+
+MOST_FEATURES = 200
+"""Features of a project that are told of: those with the clearest drift."""
+PUSH_SECONDS = 10.0
+VERDICTS = ("drift", "no drift", "not enough data")
+OUTCOMES = ("open", "done", "refused")
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cvf_project_readable": ("1 where the project's records could be read, else 0", ()),
+    "cvf_drift_last_check_timestamp_seconds": ("When the last drift check was decided on", ()),
+    "cvf_drift_verdict": ("1 at the last check's verdict, 0 at the others", ("verdict",)),
+    "cvf_drift_requests": ("Requests of the last check's window", ()),
+    "cvf_drift_alpha": ("False-alarm rate of a check, all features together", ()),
+    "cvf_drift_features_drifted": ("Features that the last check found drifted", ()),
+    "cvf_drift_feature_p_value": ("p-value of a feature at the last check", ("feature",)),
+    "cvf_drift_captures_left_out": ("Captures of the last window that could not be watched", ("reason",)),
+    "cvf_model_performance": ("The champion's on the last window", ("metric", "basis")),
+    "cvf_model_performance_low": ("Lower end of its interval", ("metric", "basis")),
+    "cvf_model_performance_high": ("Upper end of its interval", ("metric", "basis")),
+    "cvf_model_performance_reference": ("The same of the test set or, estimated, of the drift reference", ("metric", "basis")),
+    "cvf_model_champion_info": ("The version that is champion", ("version", "digest")),
+    "cvf_model_champion_since_timestamp_seconds": ("When it became champion", ()),
+    "cvf_decisions_total": ("Decisions to retrain or to keep the model", ("answer", "trigger", "stopped_by")),
+    "cvf_decision_new_labels": ("Labelled captures since the last retraining was decided", ()),
+    "cvf_decision_cooldown_until_timestamp_seconds": ("End of the cooldown", ()),
+    "cvf_retraining_decided_timestamp_seconds": ("When the last retraining was decided", ()),
+    "cvf_retraining_outcome": ("1 at what came of it, 0 at the others", ("outcome",)),
+}
+"""Meaning and labels, beside ``project``, of each metric."""
+Samples = Iterator[tuple[str, tuple[str, ...], float]]
+"""Name, values of the labels, value."""
+
+
+class Projects(Collector):
+    """The metrics of some projects, as their records are at each question."""
+
+    def __init__(self, configs: Sequence[ProjectConfig]) -> None:
+        self._projects = [_Project(config) for config in configs]
+        self._lock = threading.Lock()
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        families = {name: _family(name) for name in FAMILIES}
+        with self._lock:
+            for project in self._projects:
+                for name, labels, value in project.samples():
+                    families[name].add_metric([project.name, *labels], value)
+        return families.values()
+
+
+class _Project:
+    """What a project's records say. A decision is read once, as it does not change."""
+
+    def __init__(self, config: ProjectConfig) -> None:
+        self.name, self._config = config.project, config
+        self._seen: set[str] = set()
+        self._decided: Counter[tuple[str, str, str]] = Counter()
+        self._last: Decision | None = None
+        self._retraining: Decision | None = None
+        self._drift: tuple[str, DriftRecord | None] = ("", None)
+        """By the run of the last decision."""
+
+    def samples(self) -> Samples:
+        try:
+            self._read_decisions()
+            yield from [*self._drift_samples(), *self._decision_samples(), *_champion_samples(self._config)]
+            yield "cvf_project_readable", (), 1
+        except CvFactoryError as error:
+            log.warning("project %s: %s", self.name, error)
+            yield "cvf_project_readable", (), 0
+
+    def _read_decisions(self) -> None:
+        for uri in stored_uris(self._config):
+            if uri not in self._seen:
+                self._last = decision = read(uri)
+                self._retraining = decision if decision.retrain else self._retraining
+                self._decided["retrain" if decision.retrain else "keep", decision.trigger, decision.stopped_by] += 1
+                self._seen.add(uri)
+        if self._last and self._drift[0] != self._last.run:
+            self._drift = self._last.run, _drift_record(self._last.run)
+
+    def _drift_samples(self) -> Samples:
+        if last := self._last:
+            yield "cvf_drift_last_check_timestamp_seconds", (), last.time.timestamp()
+            yield from (("cvf_drift_verdict", (name,), float(last.verdict == name)) for name in VERDICTS)
+            yield "cvf_drift_requests", (), last.requests
+            yield "cvf_drift_features_drifted", (), len(last.drifted)
+        if drift := self._drift[1]:
+            yield "cvf_drift_alpha", (), drift.alpha
+            yield from _feature_samples(drift)
+            yield from _performance_samples(drift)
+
+    def _decision_samples(self) -> Samples:
+        yield from (("cvf_decisions_total", labels, count) for labels, count in self._decided.items())
+        if last := self._last:
+            yield "cvf_decision_new_labels", (), last.new_labels
+            if last.cooldown_until:
+                yield "cvf_decision_cooldown_until_timestamp_seconds", (), last.cooldown_until.timestamp()
+        if retraining := self._retraining:
+            yield "cvf_retraining_decided_timestamp_seconds", (), retraining.time.timestamp()
+            yield from (("cvf_retraining_outcome", (name,), float(outcome(retraining) == name)) for name in OUTCOMES)
+
+
+def _feature_samples(drift: DriftRecord) -> Samples:
+    known = drift.p_values | drift.drifted
+    for name in sorted(known, key=lambda name: (known[name], name))[:MOST_FEATURES]:
+        yield "cvf_drift_feature_p_value", (name,), known[name]
+    quality = drift.quality
+    counts = {"foreign": quality.foreign, "unreadable": quality.unreadable, "quarantined": quality.quarantined}
+    for reason, count in (counts | {"refused": sum(quality.refused.values())}).items():
+        yield "cvf_drift_captures_left_out", (reason,), count
+
+
+def _performance_samples(drift: DriftRecord) -> Samples:
+    for found in drift.performance:
+        labels = (found.metric, "estimated" if found.estimated else "measured")
+        yield "cvf_model_performance", labels, found.value
+        yield "cvf_model_performance_low", labels, found.low
+        yield "cvf_model_performance_high", labels, found.high
+        if found.reference is not None:
+            yield "cvf_model_performance_reference", labels, found.reference
+
+
+def _champion_samples(config: ProjectConfig) -> Samples:
+    """By the history, which is what MLflow's aliases are a copy of."""
+    entries = list(audit.entries(config))
+    moves = [entry for entry in entries if entry.change.aliases.get("champion") != entry.before.get("champion")]
+    if moves and (version := moves[-1].change.aliases.get("champion")):
+        digest = next((entry.change.bundle_digest for entry in entries if entry.change.version == version), "")
+        yield "cvf_model_champion_info", (str(version), digest), 1
+        yield "cvf_model_champion_since_timestamp_seconds", (), moves[-1].time.timestamp()
+
+
+def _drift_record(run: str) -> DriftRecord | None:
+    """None where the run is gone, or of another version: the decision still tells the verdict."""
+    try:
+        return DriftRecord.model_validate(read_result(run, "drift").record)
+    except (DataError, ValueError):
+        return None
+
+
+def _family(name: str) -> GaugeMetricFamily | CounterMetricFamily:
+    meaning, labels = FAMILIES[name]
+    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+    return kind(name, meaning, labels=("project", *labels))
+
+
+def create_app(configs: Sequence[ProjectConfig]) -> Starlette:
+    """``GET /metrics`` of these projects."""
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse, Response
+    from starlette.routing import Route
+
+    registry = CollectorRegistry()
+    registry.register(Projects(configs))
+
+    def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    def ping(_: Request) -> Response:
+        return PlainTextResponse("fine")
+
+    return Starlette(routes=[Route("/metrics", metrics), Route("/ping", ping)])
+
+
+def serve(configs: Sequence[ProjectConfig], host: str, port: int) -> None:
+    """Serve until SIGTERM.
+
+    Raises:
+        Unavailable: the port is taken.
+    """
+    from cv_factory_ops.server import listen, run
+
+    with listen(host, port) as listener:
+        run(create_app(configs), listener)
+
+
+def push(stage: Stage) -> None:
+    """Leave the project's metrics at its Pushgateway; what fails, or takes longer than :data:`PUSH_SECONDS`, is a warning."""
+    if gateway := stage.config.pushgateway:
+        failed = notify.failures({"pushgateway": partial(_push, stage.config, gateway)}, PUSH_SECONDS)
+        for why in failed.values():
+            log.warning("pushgateway: metrics were not pushed: %s", why)
+
+
+def _push(config: ProjectConfig, gateway: PushgatewayConfig) -> None:
+    registry = CollectorRegistry()
+    registry.register(Projects([config]))
+    handler = default_handler
+    if gateway.user and gateway.password_env:
+        password = notify.environment(gateway.password_env)
+        handler = partial(basic_auth_handler, username=gateway.user, password=password)
+    push_to_gateway(
+        gateway.url, job="cvf", registry=registry, grouping_key={"project": config.project}, timeout=5, handler=handler
+    )

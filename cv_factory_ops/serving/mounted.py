@@ -1,0 +1,48 @@
+"""Where a service has put the bundle that a container shall serve."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+from cv_factory_ops.errors import ConfigError, DataError
+
+
+def bundle_folder() -> Path:
+    """SageMaker's ``SM_MODEL_DIR``, Azure ML's ``AZUREML_MODEL_DIR`` or a copy of Vertex AI's ``AIP_STORAGE_URI``.
+
+    https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements#model_artifacts,
+    https://learn.microsoft.com/en-us/azure/machine-learning/how-to-deploy-custom-container
+
+    Raises:
+        ConfigError: the image lacks what reads Cloud Storage.
+        DataError: there is no bundle, or there are several.
+    """
+    if uri := os.environ.get("AIP_STORAGE_URI"):
+        return _downloaded(uri)
+    if mounted := os.environ.get("AZUREML_MODEL_DIR"):
+        found = sorted(path.parent for path in Path(mounted).rglob("bundle.json"))
+        if len(found) != 1:
+            raise DataError(f"{mounted}: holds {len(found)} model bundles; allowed is one")
+        return found[0]
+    return Path(os.environ.get("SM_MODEL_DIR", "/opt/ml/model"))
+
+
+def _downloaded(uri: str) -> Path:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the age of grpcio, which is not used here
+            from google.cloud.storage import Client
+    except ImportError as error:
+        raise ConfigError(f"AIP_STORAGE_URI: needs {error.name}: pip install 'cv-factory[vertex]'") from None
+    bucket, _, prefix = uri.removeprefix("gs://").rstrip("/").partition("/")
+    folder = Path(tempfile.mkdtemp(prefix="cvf-model-"))
+    for blob in Client().list_blobs(bucket, prefix=f"{prefix}/"):
+        path = folder / blob.name.removeprefix(f"{prefix}/")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{uri}: holds {blob.name!r}, which is no name of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blob.download_to_filename(str(path))
+    return folder

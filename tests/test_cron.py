@@ -1,0 +1,87 @@
+"""Drift check, decision and retraining by a schedule that is not Airflow's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from cv_factory_ops import cli, stage
+from cv_factory_ops.config import load
+from cv_factory_ops.drift.decisions import retrainings
+from cv_factory_ops.records import IngestRecord
+from tests.conftest import TINY
+from tests.drift import Project, project_in, quiet
+from tests.records import put
+from tests.test_decide import checked
+
+MANIFEST = Path(__file__).parents[1] / "docker" / "monitoring" / "cronjob.yaml"
+
+
+@pytest.fixture(scope="module")
+def container() -> dict[str, Any]:
+    job = yaml.safe_load(MANIFEST.read_text())["spec"]["jobTemplate"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert isinstance(container, dict)
+    return container
+
+
+def run_as_is(container: dict[str, Any], project: Project, home: Path) -> subprocess.CompletedProcess[str]:
+    """The container's command, its variables set to places of this test."""
+    (home / "demo.yaml").write_text(yaml.safe_dump(project.config.model_dump(mode="json")))
+    places = {"PROJECT": str(home / "demo.yaml"), "CVF_STORAGE": project.config.storage, "JOB": "demo-drift-29400015"}
+    places |= {"MLFLOW_TRACKING_URI": project.config.mlflow.tracking_uri, "CVF_PSEUDONYM_KEY": "a key for tests"}
+    assert {variable["name"] for variable in container["env"]} == set(places)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [*container["command"], *container["args"]],
+        env=os.environ | places | {"PATH": path, "CVF_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_example_for_kubernetes_runs_as_it_is(container: dict[str, Any], home: Path) -> None:
+    project = project_in(home, "demo", f"sqlite:///{home}/mlflow.db")
+    project.capture(quiet(np.random.default_rng(1), 12))
+    ended = run_as_is(container, project, home)
+    assert ended.returncode == 0, ended.stderr
+    drift, decide, retrain = ended.stdout.splitlines()
+    assert json.loads(drift)["record"]["verdict"] == "not enough data"
+    decided = json.loads(decide)
+    assert decided["record"]["retrain"] is False
+    assert decided["run"] == f"file://{home}/storage/demo/runs/cron.demo-drift-29400015"
+    assert retrain == "nothing to do: no retraining has been decided"
+
+
+def test_exit_codes_that_end_the_job_are_those_that_a_retry_would_not_change() -> None:
+    rules = yaml.safe_load(MANIFEST.read_text())["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    assert [(rule["action"], rule["onExitCodes"]["values"]) for rule in rules] == [("FailJob", [2, 3, 4])]
+
+
+def test_a_decided_retraining_runs_the_stages_with_captured_studies(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage, "TRAINING", ("ingest",))
+    (home / "project.yaml").write_text(yaml.safe_dump(TINY))
+    given = ["--config", str(home / "project.yaml")]
+    put((home / "r1").as_uri(), checked())
+    assert cli.main(["decide", *given, "--run", str(home / "r1"), "--why", "new scanner", "--by", "mara"]) == 0
+    record = json.loads(capsys.readouterr().out)["record"]
+    assert cli.main(["retrain", *given]) == 0
+    (decision,) = retrainings(config := load(home / "project.yaml"))
+    assert decision.retraining == f"{config.root}/runs/tiny_retraining.{record['retraining']}"
+    assert capsys.readouterr().out.endswith(f": {decision.retraining}\n")
+    ingested = IngestRecord.model_validate(stage.read_result(decision.retraining, "ingest").record)
+    assert ingested.splits["train"] > 0
+    with_captures = config.model_copy(update={"data": config.data.model_copy(update={"include_captures": True})})
+    before = stage.read_result(decision.retraining, "ingest")
+    assert stage.run_stage("ingest", with_captures, decision.retraining) == before, "made with captured studies, it stands"
