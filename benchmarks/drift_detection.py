@@ -305,8 +305,9 @@ def first_alarms(reference: Table, found: list[Table], config: DriftConfig) -> l
     for night, window in enumerate(found):
         sides = [pd.DataFrame(side, columns=COLUMNS) for side in (reference, window)]
         comparison = compare(*sides, KINDS, ALPHA)
-        state = sequential.advance(state, comparison)
-        alarm = bool(judge(comparison).drifted)
+        drifted = judge(comparison).drifted
+        state = sequential.advance(state, comparison, config, drifted)
+        alarm = bool(drifted)
         alarms = (alarm, alarm or bool(sequential.drifted(state, config)), ks_bonferroni(reference, window))
         first = [min(earlier, night) if alarm else earlier for earlier, alarm in zip(first, alarms, strict=True)]
     return first

@@ -13,20 +13,18 @@ import base64
 import binascii
 import json
 import logging
-import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig
-from cv_factory_ops.records import Reading
+from cv_factory_ops.records import Reading, is_hour
 
 log = logging.getLogger("cvf")
 
-HOUR = re.compile(r"\d{4}/(0[1-9]|1[0-2])/(0[1-9]|[12]\d|3[01])/([01]\d|2[0-3])")
 PROBE = "verify-"
 """Inference ids of the platform's own test requests begin with this; :func:`read` leaves those out."""
 
@@ -73,15 +71,28 @@ def skip(position: str, reason: str) -> None:
     log.warning("capture %s: skipped, not a capture record (%s)", position, reason)
 
 
-def read(config: ProjectConfig, broken: Callable[[str, str], None] = skip) -> Iterator[Capture]:
+def read(config: ProjectConfig, broken: Callable[[str, str], None] = skip, until: Reading | None = None) -> Iterator[Capture]:
     """All captures of the project's endpoint, oldest file first, without the platform's own test requests.
 
-    ``broken`` is told position and reason of each line that is no capture.
+    ``broken`` is told position and reason of each line that is no capture; ``until``: what came later is not looked at.
     """
-    for file, start, end in unread(config, Reading()):
+    for file, start, end in unread(config, Reading(), until):
         for _, capture in read_file(config, file, start, end, broken):
             if capture:
                 yield capture
+
+
+def captured(config: ProjectConfig, inference_ids: Iterable[str]) -> set[str]:
+    """Those of these ids that requests were captured with. The newest files are read first, and no more of them than needed to
+    find all; of a line only the id is decoded."""
+    missing = {name for name in inference_ids if not name.startswith(PROBE)}
+    found: set[str] = set()
+    for file, _ in reversed(_files(config, "")) if missing else ():
+        for _, line in storage.read_lines(_uri(config, file)):
+            found |= missing & {_inference_id(line)}
+            if found == missing:
+                return found
+    return found
 
 
 def unread(config: ProjectConfig, since: Reading, until: Reading | None = None) -> Iterator[tuple[str, int, int]]:
@@ -96,12 +107,15 @@ def unread(config: ProjectConfig, since: Reading, until: Reading | None = None) 
 def read_file(
     config: ProjectConfig, file: str, start: int, end: int, broken: Callable[[str, str], None] = skip
 ) -> Iterator[tuple[int, Capture | None]]:
-    """Each line of a file, from one byte to another: the byte behind it, and its capture; None of a broken one or a probe."""
+    """Each line of a file, from one byte to another: the byte behind it, and its capture; None of a broken one or a probe.
+
+    A last line without its end is left to the next time, unless it is whole: it may still be written.
+    """
     for offset, line in storage.read_lines(_uri(config, file), start):
-        if offset >= end:
+        if offset >= end or not (line.endswith(b"\n") or _is_json(line)):
             return
         capture = _decode(f"{file}#{offset}", line, broken) if line.strip() else None
-        yield offset + len(line) + 1, None if capture is None or capture.inference_id.startswith(PROBE) else capture
+        yield offset + len(line), None if capture is None or capture.inference_id.startswith(PROBE) else capture
 
 
 def at(config: ProjectConfig, position: str) -> Capture | None:
@@ -115,23 +129,36 @@ def at(config: ProjectConfig, position: str) -> Capture | None:
     return _decode(position, line, skip)
 
 
+def extent(config: ProjectConfig) -> Reading:
+    """How far the captures reach now."""
+    return Reading(read=dict(_files(config, "")))
+
+
 def add_labels(config: ProjectConfig, labels: Mapping[str, str]) -> str:
     """Store late labels, ``{inference id: label}``; returns the URI of the new file."""
     name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     lines = [json.dumps({"inference_id": key, "label": label}) for key, label in labels.items()]
-    uri = f"{config.root}/labels/{name}-{secrets.token_hex(4)}.jsonl"  # several gateways may store at the same moment
+    uri = f"{labels_folder(config)}/{name}-{secrets.token_hex(4)}.jsonl"  # several gateways may store at the same moment
     storage.write_bytes(uri, ("\n".join(lines) + "\n").encode())
     return uri
 
 
-def read_labels(config: ProjectConfig, after: str = "") -> dict[str, str]:
+def labels_folder(config: ProjectConfig) -> str:
+    """URI below which a project's late labels lie; the names of the files begin with the time that they arrived at."""
+    return f"{config.root}/labels"
+
+
+def read_labels(config: ProjectConfig, after: str = "", until: str | None = None) -> dict[str, str]:
     """Late labels, ``{inference id: label}``; a later file corrects an earlier one, broken lines are skipped with a warning.
 
-    ``after`` is a UTC time like ``20260131T235959000000``: only labels that arrived later are read.
+    ``after`` is a UTC time like ``20260131T235959000000``: only labels that arrived later are read. ``until``: the name of the
+    last file to read.
     """
-    root = f"{config.root}/labels"
+    root = labels_folder(config)
     labels: dict[str, str] = {}
     for name in storage.listing(root, after):
+        if until is not None and name > until:
+            break
         for number, line in enumerate(storage.read_bytes(f"{root}/{name}").splitlines(), start=1):
             try:
                 item = json.loads(line)
@@ -155,8 +182,10 @@ def _files(config: ProjectConfig, floor: str) -> list[tuple[str, int]]:
     for variant in storage.folders(root):
         for name, size in storage.sizes(f"{root}/{variant}", floor):
             hour, _, file = name.rpartition("/")
-            if HOUR.fullmatch(hour) and file.endswith(".jsonl"):
+            if is_hour(hour) and file.endswith(".jsonl"):
                 found.append((f"{hour}/{variant}/{file}", size))
+            elif file.endswith(".jsonl"):
+                log.warning("captures/%s/%s/%s: skipped, not in a folder yyyy/mm/dd/hh", config.endpoint_name, variant, name)
     return sorted(found)
 
 
@@ -165,13 +194,21 @@ def _uri(config: ProjectConfig, file: str) -> str:
     return storage.join(f"{folder(config)}/{config.endpoint_name}", f"{variant}/{hour}/{name}")
 
 
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _decode(position: str, line: bytes, broken: Callable[[str, str], None]) -> Capture | None:
     try:
         item = json.loads(line)
         sides, event = item["captureData"], item["eventMetadata"]
         return Capture(
             position=position,
-            inference_id=str(event.get("inferenceId") or event["eventId"]),
+            inference_id=_id_of(event),
             time=event["inferenceTime"],
             content_type=sides["endpointInput"]["observedContentType"],
             request=_content(sides["endpointInput"]),
@@ -180,6 +217,19 @@ def _decode(position: str, line: bytes, broken: Callable[[str, str], None]) -> C
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
         broken(position, type(error).__name__)
         return None
+
+
+def _inference_id(line: bytes) -> str:
+    """Of a capture's line; empty where it has none. Within a body, which is a string, the quotes are escaped."""
+    event = line[line.rfind(b'"eventMetadata"') :].partition(b":")[2]
+    try:
+        return _id_of(json.JSONDecoder().raw_decode(event.decode().lstrip())[0])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+
+
+def _id_of(event: Mapping[str, Any]) -> str:
+    return str(event.get("inferenceId") or event["eventId"])
 
 
 def _content(side: Mapping[str, Any]) -> bytes:

@@ -1443,6 +1443,8 @@ class DriftConfig(Frozen):
     """Capture files that arrive up to so many hours behind newer ones are still read."""
     sample: int = Field(default=10_000, ge=100)
     """Answers of a window that are compared, drawn from all of them at random; counts and performance cover all."""
+    label_days: float = Field(default=30, ge=0)
+    """How far back answers are measured once their labels arrive, from the newest of the window; and labels are read."""
     subgroups: list[str] | None = None
     """Metadata whose groups are watched each by itself; null: those that the domain measures models on."""
     example_images: int = Field(default=6, ge=0)
@@ -1456,15 +1458,15 @@ class DriftTrigger(Frozen):
 
 
 class PerformanceTrigger(Frozen):
-    """The champion may have become worse: by late labels, or by an estimate where there are too few of them."""
+    """The champion is too bad: by late labels, or by an estimate where there are too few of them."""
 
     kind: Literal["performance"] = "performance"
     metric: Literal["accuracy", "auc", "sensitivity", "specificity"] = "auc"
     """Which of those that the drift check has measured or estimated."""
     minimum: Share
-    """Limit that the lower end of the metric's interval is held against."""
+    """It asks where the metric's whole 95 % interval lies below this, so that few labels alone never ask."""
     estimated: bool = False
-    """Also by an estimate; otherwise by late labels alone."""
+    """Also by an estimate, where fewer than ten labels have arrived (for ``auc``, of either class); else by labels alone."""
 
 
 class AgeTrigger(Frozen):

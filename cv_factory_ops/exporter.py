@@ -1,7 +1,8 @@
 """Drift, decisions and champion of projects for Prometheus: what their stored records say when it asks (``cvf exporter``), or
 pushed to a Pushgateway where a stage ``decide`` ends.
 
-Labels are names of ours, of features and of metrics alone, and the number of series of a project is bounded.
+Labels are names of ours, of features and of metrics alone, never words from the headers of images as groups and categories have
+them; and the number of series of a project is bounded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cv_factory_ops import audit, notify
 from cv_factory_ops.config import ProjectConfig, PushgatewayConfig
 from cv_factory_ops.drift.decisions import Decision, outcome, read, stored_uris
 from cv_factory_ops.errors import CvFactoryError, DataError
-from cv_factory_ops.records import DriftRecord
+from cv_factory_ops.records import DriftRecord, public_name
 from cv_factory_ops.stage import read_result
 
 if TYPE_CHECKING:
@@ -46,12 +47,13 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "cvf_drift_requests": ("Requests of the last check's window", ()),
     "cvf_drift_alpha": ("False-alarm rate of a check, all features together", ()),
     "cvf_drift_features_drifted": ("Features that the last check found drifted", ()),
-    "cvf_drift_feature_p_value": ("p-value of a feature at the last check", ("feature",)),
+    "cvf_drift_feature_p_value": ("p-value of a feature, not of its groups, at the last check", ("feature",)),
     "cvf_drift_captures_left_out": ("Captures of the last window that could not be watched", ("reason",)),
-    "cvf_model_performance": ("The champion's on the last window", ("metric", "basis")),
+    "cvf_model_performance": ("The champion's at the last check with a verdict", ("metric", "basis")),
     "cvf_model_performance_low": ("Lower end of its interval", ("metric", "basis")),
     "cvf_model_performance_high": ("Upper end of its interval", ("metric", "basis")),
     "cvf_model_performance_reference": ("The same of the test set or, estimated, of the drift reference", ("metric", "basis")),
+    "cvf_model_performance_reference_low": ("Lower end of the reference's interval", ("metric", "basis")),
     "cvf_model_champion_info": ("The version that is champion", ("version", "digest")),
     "cvf_model_champion_since_timestamp_seconds": ("When it became champion", ()),
     "cvf_decisions_total": ("Decisions to retrain or to keep the model", ("answer", "trigger", "stopped_by")),
@@ -90,8 +92,10 @@ class _Project:
         self._decided: Counter[tuple[str, str, str]] = Counter()
         self._last: Decision | None = None
         self._retraining: Decision | None = None
-        self._drift: tuple[str, DriftRecord | None] = ("", None)
-        """By the run of the last decision."""
+        self._judged: Decision | None = None
+        """The last one on a check that had enough data."""
+        self._checks: dict[tuple[str, str], DriftRecord | None] = {}
+        """Of the last decision, and of that one, by run and digest."""
 
     def samples(self) -> Samples:
         try:
@@ -107,10 +111,12 @@ class _Project:
             if uri not in self._seen:
                 self._last = decision = read(uri)
                 self._retraining = decision if decision.retrain else self._retraining
+                self._judged = decision if decision.verdict != "not enough data" else self._judged
                 self._decided["retrain" if decision.retrain else "keep", decision.trigger, decision.stopped_by] += 1
                 self._seen.add(uri)
-        if self._last and self._drift[0] != self._last.run:
-            self._drift = self._last.run, _drift_record(self._last.run)
+        known = self._checks
+        needed = [_check_of(decision) for decision in (self._last, self._judged) if decision]
+        self._checks = {check: known[check] if check in known else _drift_record(check[0]) for check in needed}
 
     def _drift_samples(self) -> Samples:
         if last := self._last:
@@ -118,10 +124,11 @@ class _Project:
             yield from (("cvf_drift_verdict", (name,), float(last.verdict == name)) for name in VERDICTS)
             yield "cvf_drift_requests", (), last.requests
             yield "cvf_drift_features_drifted", (), len(last.drifted)
-        if drift := self._drift[1]:
-            yield "cvf_drift_alpha", (), drift.alpha
-            yield from _feature_samples(drift)
-            yield from _performance_samples(drift)
+            if drift := self._checks[_check_of(last)]:
+                yield "cvf_drift_alpha", (), drift.alpha
+                yield from _feature_samples(drift)
+        if self._judged and (measured := self._checks[_check_of(self._judged)]):
+            yield from _performance_samples(measured)
 
     def _decision_samples(self) -> Samples:
         yield from (("cvf_decisions_total", labels, count) for labels, count in self._decided.items())
@@ -131,11 +138,13 @@ class _Project:
                 yield "cvf_decision_cooldown_until_timestamp_seconds", (), last.cooldown_until.timestamp()
         if retraining := self._retraining:
             yield "cvf_retraining_decided_timestamp_seconds", (), retraining.time.timestamp()
-            yield from (("cvf_retraining_outcome", (name,), float(outcome(retraining) == name)) for name in OUTCOMES)
+            came = outcome(retraining)
+            yield from (("cvf_retraining_outcome", (name,), float(came == name)) for name in OUTCOMES)
 
 
 def _feature_samples(drift: DriftRecord) -> Samples:
-    known = drift.p_values | drift.drifted
+    tested = drift.p_values | drift.drifted
+    known = {name: p for name, p in tested.items() if public_name(name) == name}
     for name in sorted(known, key=lambda name: (known[name], name))[:MOST_FEATURES]:
         yield "cvf_drift_feature_p_value", (name,), known[name]
     quality = drift.quality
@@ -152,6 +161,8 @@ def _performance_samples(drift: DriftRecord) -> Samples:
         yield "cvf_model_performance_high", labels, found.high
         if found.reference is not None:
             yield "cvf_model_performance_reference", labels, found.reference
+        if found.reference_low is not None:
+            yield "cvf_model_performance_reference_low", labels, found.reference_low
 
 
 def _champion_samples(config: ProjectConfig) -> Samples:
@@ -162,6 +173,10 @@ def _champion_samples(config: ProjectConfig) -> Samples:
         digest = next((entry.change.bundle_digest for entry in entries if entry.change.version == version), "")
         yield "cvf_model_champion_info", (str(version), digest), 1
         yield "cvf_model_champion_since_timestamp_seconds", (), moves[-1].time.timestamp()
+
+
+def _check_of(decision: Decision) -> tuple[str, str]:
+    return decision.run, decision.drift_digest
 
 
 def _drift_record(run: str) -> DriftRecord | None:

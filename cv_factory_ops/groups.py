@@ -14,7 +14,9 @@ from cv_factory_ops.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-UNKNOWN, OTHERS = "not known", "others"
+MISSING, UNKNOWN, OTHERS = "missing", "not known", "others"
+TOLD = 5
+"""Rows of the reference that have a value, for it to be told: what few images say, or only those of clients, may be a name."""
 MOST = 8
 """Values of a category that are groups of their own, the most frequent ones; the others are one group together."""
 
@@ -32,10 +34,17 @@ def names(domain: Domain, chosen: Sequence[str] | None, setting: str) -> list[st
     return wanted
 
 
+def told(values: pd.Series, reference: pd.Series) -> pd.Series:
+    """The values as they may be shown: those that the reference has :data:`TOLD` times or more; the rest are the others."""
+    counts = reference.value_counts()
+    return values.where(values.isna() | values.isin([MISSING, *counts.index[counts >= TOLD]]), OTHERS)
+
+
 def group_of(values: pd.Series, bands: Mapping[str, float]) -> NDArray[np.str_]:
     """(N,) the value, or with bands (lower bounds by name, ascending) the name of the band."""
     if not bands:
-        frequent = values.value_counts().index[:MOST]
+        counts = values[values != OTHERS].value_counts().sort_index()
+        frequent = counts.sort_values(ascending=False, kind="stable").index[:MOST]
         return np.asarray(values.where(values.isna() | values.isin(frequent), OTHERS).fillna(UNKNOWN), dtype=str)
     numbers = values.to_numpy(float)
     place = np.searchsorted(list(bands.values()), numbers, side="right")  # 0 is below the lowest, NaN above all

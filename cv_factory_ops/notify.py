@@ -1,8 +1,9 @@
 """Telling people and programs what stages found: a message to Slack, an e-mail, a signed webhook.
 
 A stage is done before anybody is told, and is never failed or held up by it: what is not delivered within :data:`PATIENCE`
-seconds is given up with one warning. Messages hold a record's summary, which names no person; addresses and keys that are
-secret come from the environment and appear in no message and no log.
+seconds is given up with one warning. Messages hold a record's summary: no word from the header of an image, and of people only
+who asked for a retraining or answered an approval, not what they wrote. Addresses and keys that are secret come from the
+environment and appear in no message and no log.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ URIs (``file://`` or ``s3://``), digests are SHA-256 in hexadecimal, scores and 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -62,10 +63,10 @@ class IngestRecord(Record):
     """Images in each of ``train``, ``val``, ``test``, ``recent`` (held-out newly captured studies) and ``reserve``."""
     captured: int
     """Images that came from captured requests."""
-    late_labels: int = 0
-    """Those of them whose label has arrived."""
-    pseudo_labels: int = 0
-    """Those of them that train with the champion's answer as their label."""
+    late_labels: int | None = None
+    """Those of them whose label has arrived; None in records of before that was counted."""
+    pseudo_labels: int | None = None
+    """Those of them that train with the champion's answer as their label; None likewise."""
     data_digest: str
     """Digest of the manifest: ids, labels, splits and pixel digests."""
     test_digest: str
@@ -327,6 +328,18 @@ class WatchedGroup(Frozen):
     """Of features among these images alone; empty where either side has too few of them."""
 
 
+HOUR = "%Y/%m/%d/%H"
+"""Folder of the captures of an hour, UTC."""
+
+
+def is_hour(text: str) -> bool:
+    """Whether this is the name of such a folder: an hour that there is."""
+    try:
+        return datetime.strptime(text, HOUR).strftime(HOUR) == text
+    except ValueError:
+        return False
+
+
 class Reading(Frozen):
     """How far an endpoint's captures have been read."""
 
@@ -340,12 +353,12 @@ class Reading(Frozen):
         return sys.maxsize if file < self.floor else self.read.get(file, 0)
 
     def advanced(self, read: Mapping[str, int], late_hours: int) -> Reading:
-        """After more was read: the floor lies so many hours before the newest file, and never falls."""
+        """After more was read: the floor lies so many hours before the newest file, or before now, and never falls."""
         files = {**self.read, **read}
         if not files:
             return self
-        newest = datetime.strptime(max(files)[:13], "%Y/%m/%d/%H")
-        floor = max(self.floor, (newest - timedelta(hours=late_hours)).strftime("%Y/%m/%d/%H"))
+        newest = min(datetime.strptime(max(files)[:13], HOUR), datetime.now(UTC).replace(tzinfo=None))  # a clock may be wrong
+        floor = max(self.floor, (newest - timedelta(hours=late_hours)).strftime(HOUR))
         return Reading(floor=floor, read={file: size for file, size in sorted(files.items()) if file >= floor})
 
     @property
@@ -383,13 +396,17 @@ class SlowSeries(Frozen):
     """One feature, or one category of one, over the windows so far; see :mod:`cv_factory_ops.drift.sequential`."""
 
     rows: int = 0
-    """Values in the windows so far."""
+    """Values in the windows so far, without those that drifted."""
     total: float = 0
     """Sum of their scores, which are 0 on average over the reference."""
     up: float = 0
     """Cumulative sum of upward residuals, in standard deviations of a window's mean."""
     down: float = 0
     """Likewise, downward."""
+    since_up: tuple[int, float] = (0, 0.0)
+    """Those of the rows, and of the total, that came since ``up`` was last 0."""
+    since_down: tuple[int, float] = (0, 0.0)
+    """Likewise, of ``down``."""
 
 
 class SlowDriftState(Frozen):
@@ -400,9 +417,21 @@ class SlowDriftState(Frozen):
     series: dict[str, SlowSeries]
 
 
+def public_name(column: str) -> str:
+    """A tested column's name for messages and metrics: without its group (`` @ <metadata>=<value>``) or category
+    (``=<category>``), which are words from the headers of images."""
+    return re.split(" @ |=", column, maxsplit=1)[0]
+
+
+def feature_of(column: str) -> str:
+    """The feature that a tested column is about, whether by a group, a category, its missing values or slowly."""
+    return public_name(column).removesuffix(" (slowly)").removesuffix("_missing")
+
+
 class DriftRecord(Record):
     """``index.html`` is the page for people; ``report.html`` and ``report.json`` are Evidently's; ``features.parquet`` the
-    features of the window's sample; ``window.json`` what was read, ``quarantine.jsonl`` what could not be."""
+    features of the window's sample; ``answers.npz`` its answers, for labels to come; ``window.json`` what was read,
+    ``quarantine.jsonl`` what could not be."""
 
     stage = "drift"
     verdict: Literal["drift", "no drift", "not enough data"]
@@ -418,6 +447,8 @@ class DriftRecord(Record):
     alpha: float
     bundle_digest: str
     report: str | None
+    asked: str = ""
+    """Digest of the record before of the same run, which had not enough data; empty at the first try."""
     slow: SlowDriftState | None = None
     """For the next check to go on from; None where there is no verdict."""
     performance: list[Performance] = []

@@ -1,74 +1,63 @@
-"""Retrainings that were refused: why, and against which champion. The stage ``decide`` reads them.
+"""What ended a run for good: ``<run>/refused.json``, from the stage that said no until that stage of the run ends well.
 
-``<project>/refusals/<UTC time>-<run and stage>.json`` holds a :class:`RefusedRetraining`. It is written where a stage of a run
-with captured studies (``data.include_captures``) ends with exit code 4: the gate, a person asked for approval, or a rollout
-that may not go on. Champion and endpoint are as they were then; the next drift check meets the same champion and the same
-drift, and without more data than the refused retraining had, another one would end in the same way.
+Which of a stage's errors end a run, is said by :attr:`cv_factory_ops.stage.Spec.final`. ``cvf retrain`` does not take such a
+run up again, and the stage ``decide`` tells the reason where the same cause asks for another retraining.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
 from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from cv_factory_ops import audit, storage
-from cv_factory_ops.config import ProjectConfig
-from cv_factory_ops.errors import DataError
+from cv_factory_ops import storage
+from cv_factory_ops.errors import CvFactoryError
 from cv_factory_ops.records import Frozen
 
+log = logging.getLogger("cvf")
 
-class RefusedRetraining(Frozen):
-    """Why a retraining did not become champion."""
+
+class Refusal(Frozen):
+    """Why a run did not become champion."""
 
     time: datetime
     """UTC."""
-    run: str
-    """URI of the run."""
     stage: str
     """The one that refused it."""
     reason: str
     """One line for people."""
-    champion_digest: str
-    """Of the bundle that was champion then; empty where there was none."""
 
 
-def keep(config: ProjectConfig, run: str, stage: str, reason: str) -> None:
-    """Store that a retraining was refused; a stage that is repeated is refused once."""
-    name = storage.text_digest(f"{run} {stage}")[:12]
-    if any(known.endswith(f"-{name}.json") for known in storage.listing(_folder(config))):
-        return
-    champion = audit.champion(config)
-    digest = champion.bundle_digest if champion else ""
-    refused = RefusedRetraining(time=datetime.now(UTC), run=run, stage=stage, reason=reason, champion_digest=digest)
-    uri = f"{_folder(config)}/{_stamp(refused.time)}-{name}.json"
-    storage.write_bytes(uri, refused.model_dump_json(indent=2).encode())
+def keep(run: str, stage: str, reason: str) -> None:
+    """Store why a run has ended; where that fails, the reason itself is still the one to end with."""
+    refusal = Refusal(time=datetime.now(UTC), stage=stage, reason=reason)
+    try:
+        storage.write_bytes(_uri(run), refusal.model_dump_json(indent=2).encode())
+    except CvFactoryError as error:
+        log.warning("%s: was not kept: %s", _uri(run), error)
 
 
-def refusal_of(config: ProjectConfig, decided: datetime, champion_digest: str) -> RefusedRetraining | None:
-    """Why the retraining that was decided on then was refused, None where it was not (yet): the first refusal since, while the
-    champion was the bundle whose drift had led to it.
-
-    Raises:
-        DataError: a stored refusal cannot be read.
-    """
-    return next((refused for refused in _since(config, decided) if refused.champion_digest == champion_digest), None)
+def take_back(run: str, stage: str) -> None:
+    """Forget a stage's refusal: it has ended well since."""
+    if (refusal := refusal_of(run)) and refusal.stage == stage:
+        storage.delete_tree(_uri(run))
 
 
-def _since(config: ProjectConfig, time: datetime) -> Iterator[RefusedRetraining]:
-    for name in storage.listing(_folder(config), after=_stamp(time)):
-        uri = f"{_folder(config)}/{name}"
-        try:
-            yield RefusedRetraining.model_validate_json(storage.read_bytes(uri))
-        except ValidationError as error:
-            raise DataError(f"{uri}: is not a refused retraining; wrong at {error.errors()[0]['loc']}") from None
+def is_refused(run: str) -> bool:
+    return storage.exists(_uri(run))
 
 
-def _folder(config: ProjectConfig) -> str:
-    return f"{config.root}/refusals"
+def refusal_of(run: str) -> Refusal | None:
+    """Why a run has ended; None where it has not, or, with a warning, where that cannot be read."""
+    if not is_refused(run):
+        return None
+    try:
+        return Refusal.model_validate_json(storage.read_bytes(_uri(run)))
+    except ValidationError as error:
+        log.warning("%s: is not a refusal; wrong at %s", _uri(run), error.errors()[0]["loc"])
+        return None
 
 
-def _stamp(time: datetime) -> str:
-    """Sortable."""
-    return time.astimezone(UTC).strftime("%Y%m%dT%H%M%S%f")
+def _uri(run: str) -> str:
+    return f"{run}/refused.json"

@@ -28,7 +28,7 @@ import cv_factory_ops
 from cv_factory_ops import refusals, storage
 from cv_factory_ops.config import ProjectConfig, home
 from cv_factory_ops.domain import Domain, open_domain
-from cv_factory_ops.errors import ConfigError, DataError, GateRefused
+from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, GateRefused
 from cv_factory_ops.records import Record, Result
 
 log = logging.getLogger("cvf")
@@ -57,6 +57,9 @@ class Spec:
     undo: str = ""
     """``module:function`` that is called with the :class:`Stage` and the error where the stage fails for good, so that a retry
     would change nothing; it returns what it did, for the message."""
+    final: tuple[type[CvFactoryError], ...] = ()
+    """Errors of its that end a run for good: no schedule takes it up again, see :mod:`cv_factory_ops.refusals`. Others only
+    tell what is missing: an approval, or a comparison with the present champion."""
     resumes: bool = False
     """Whether the private folder of an interrupted try is kept, for a next one with the same inputs to go on from."""
     grace_seconds: float = 0
@@ -101,6 +104,7 @@ STAGES = {
         ),
         "training.train:fingerprint",
         cleanup="training.train:forget_checkpoint",
+        final=(GateRefused,),
         grace_seconds=20,
         assist="training.train:assist",
     ),
@@ -115,14 +119,27 @@ STAGES = {
         "decide whether the challenger may be registered",
         ("ingest", "preprocess", "train", "evaluate"),
         ("domain", "evaluation", "gate", "mlflow"),
+        final=(GateRefused,),
     ),
     "register": Spec(
         "registry:register", "register the model version in MLflow", ("ingest", "train", "evaluate", "gate"), ("mlflow",)
     ),
     "approve": Spec(
-        "promotion:approve", "keep what a person answers who is asked before the rollout", ("gate", "register"), (), "stage:now"
+        "promotion:approve",
+        "keep what a person answers who is asked before the rollout",
+        ("gate", "register"),
+        (),
+        "stage:now",
+        final=(GateRefused,),
     ),
-    "deploy": Spec("deploy.rollout:run", "roll the version out to the endpoint", ("register",), ("deploy",), "stage:now"),
+    "deploy": Spec(
+        "deploy.rollout:run",
+        "roll the version out to the endpoint",
+        ("register",),
+        ("deploy",),
+        "stage:now",
+        final=(DataError,),
+    ),
     "verify": Spec(
         "deploy.verify:run",
         "compare the live endpoint with what was asked",
@@ -130,6 +147,7 @@ STAGES = {
         ("deploy",),
         "stage:now",
         undo="deploy.verify:put_back",
+        final=(ConfigError, DataError),
     ),
     "evidence": Spec(
         "evaluation.evidence:run",
@@ -138,6 +156,7 @@ STAGES = {
         tuple(ProjectConfig.model_fields),
         "evaluation.evidence:fingerprint",
         undo="deploy.verify:put_back",
+        final=(ConfigError, DataError),
     ),
     "promote": Spec(
         "deploy.verify:promote",
@@ -146,6 +165,7 @@ STAGES = {
         ("deploy", "mlflow"),
         "stage:now",
         undo="deploy.verify:put_back",
+        final=(ConfigError, DataError),
     ),
     "drift": Spec(
         "drift.report:run", "compare captured requests with the reference", (), ("drift", "mlflow"), "drift.window:fingerprint"
@@ -192,6 +212,8 @@ class Stage:
     """Local folder of this run that survives a crash; only this machine sees it when the run lies on S3."""
     order: Order | None = None
     """What a person asked for, where it is a person who runs the stage, by name and with a reason."""
+    force: bool = False
+    """Whether it works again even if nothing has changed."""
 
     @property
     def out(self) -> Path:
@@ -256,20 +278,22 @@ def run_stage(name: str, config: ProjectConfig, run: str, *, force: bool = False
     Raises:
         CvFactoryError: with the exit code that says what a retry would do. The result of a gate that refused is stored before.
     """
+    final = STAGES[name].final
     try:
         result = _result(name, config, run, force, order)
         if result.refusal:
             raise GateRefused(result.refusal)
-    except GateRefused as error:
-        if config.data.include_captures:
-            refusals.keep(config, run, name, str(error))
+    except final as error:
+        refusals.keep(run, name, str(error))
         raise
+    if final:
+        refusals.take_back(run, name)
     return result
 
 
 def _result(name: str, config: ProjectConfig, run: str, force: bool, order: Order | None) -> Result:
     spec = STAGES[name]
-    stage = Stage(name, config, run, _workspace(run), order)
+    stage = Stage(name, config, run, _workspace(run), order, force)
     with _alone(stage), _undone(stage, spec):
         digest = _inputs_digest(stage, spec)
         if not force and (stored := _stored(stage, digest)):
@@ -345,7 +369,10 @@ def now(stage: Stage) -> str:
 
 def _workspace(run: str) -> Path:
     path = storage.path_of(run) or home() / "var" / "work" / storage.text_digest(run)[:16]
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage.explained_os_error(error, f"{path} (below CVF_HOME where the run lies on S3)") from None
     return path
 
 

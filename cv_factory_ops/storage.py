@@ -7,6 +7,7 @@ from 8 MiB) only becomes visible when it is complete.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -59,6 +60,16 @@ def read_bytes(uri: str) -> bytes:
         return content
 
 
+def read_part(uri: str, start: int, count: int) -> bytes:
+    """So many bytes of one object, from a byte on that it has.
+
+    Raises:
+        DataError, Unavailable: as :func:`read_bytes`.
+    """
+    with _explained(uri), _opened(uri, start) as file:
+        return file.read(count)
+
+
 def write_bytes(uri: str, content: bytes) -> None:
     """Write one object, atomically."""
     with _explained(uri):
@@ -93,6 +104,23 @@ def create_bytes(uri: str, content: bytes) -> bool:
         return True
 
 
+def replace_bytes(uri: str, expected: bytes, content: bytes) -> bool:
+    """Write one object where it still holds what is expected, atomically; False, and nothing is changed, where it does not.
+
+    Of several writers that expect the same exactly one is told True: on a file system they lock a file beside it, which the
+    kernel frees however they end; S3 compares by ``If-Match``.
+    """
+    with _explained(uri):
+        if path := path_of(uri):
+            with path.with_name(f".{path.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if path.read_bytes() != expected:
+                    return False
+                _write_file(path, content)
+                return True
+        return _replace_on_s3(*_bucket_key(uri), expected, content)
+
+
 def exists(uri: str) -> bool:
     """Whether there is an object at exactly this URI."""
     with _explained(uri):
@@ -111,14 +139,15 @@ def exists(uri: str) -> bool:
 
 
 def read_lines(uri: str, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Lines of one object from a byte on that it has, each with the byte that it starts at; one line is held at a time.
+    """Lines of one object from a byte on that it has, each with its line break, where it has one, and with the byte that it
+    starts at; one line is held at a time.
 
     Raises:
         DataError, Unavailable: as :func:`read_bytes`.
     """
     with _explained(uri), _opened(uri, start) as file:
         for line in file:
-            yield start, line.removesuffix(b"\n")
+            yield start, line
             start += len(line)
 
 
@@ -274,6 +303,22 @@ def _create_file(path: Path, content: bytes) -> bool:
         os.fsync(folder)  # the name too must outlive a loss of power
     finally:
         os.close(folder)
+    return True
+
+
+def _replace_on_s3(bucket: str, key: str, expected: bytes, content: bytes) -> bool:
+    from botocore.exceptions import ClientError
+
+    found = _s3().get_object(Bucket=bucket, Key=key)
+    present: bytes = found["Body"].read()
+    if present != expected:
+        return present == content  # our own, where the answer to a first attempt was lost
+    try:
+        _s3().put_object(Bucket=bucket, Key=key, Body=content, IfMatch=found["ETag"])
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in {"PreconditionFailed", "ConditionalRequestConflict"}:
+            raise
+        return bool(_s3().get_object(Bucket=bucket, Key=key)["Body"].read() == content)
     return True
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import ProjectConfig, load
-from cv_factory_ops.deploy.rollout import open_deployer
+from cv_factory_ops.deploy.rollout import Busy, open_deployer
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.serving.mounted import bundle_folder
 from cv_factory_ops.stage import run_stage
@@ -50,7 +50,9 @@ class AzureMl(HttpsServer):
         self.deployments: dict[str, dict[str, Any]] = {}
         self.operations: list[dict[str, Any]] = []
         self.failing: dict[str, tuple[str, str]] = {}
-        """Code and message with which a deployment ends, by a part of its name."""
+        """Code and message with which a deployment, or the creation of the endpoint, ends, by a part of its name."""
+        self.undeletable = ""
+        """Part of the name of deployments that cannot be deleted."""
         self.refusing: dict[str, Answer] = {}
         """A deployment's answers, by a part of its name."""
         self.shifts: list[dict[str, int]] = []
@@ -73,6 +75,8 @@ class AzureMl(HttpsServer):
         assert query == {"api-version": "2024-10-01"}, query
         if match := re.fullmatch(r"/subscriptions/s1/operations/(\d+)", path):
             return self._operation(int(match[1]))
+        if match := re.fullmatch(r"/subscriptions/s1/results/(\d+)", path):
+            return self._result(int(match[1]))
         given = json.loads(body or b"{}")
         if path == f"{WORKSPACE}/datastores/workspaceblobstore":
             place = {"accountName": "lab", "containerName": "azureml-1", "endpoint": f"tests.invalid:{self.port}"}
@@ -91,6 +95,19 @@ class AzureMl(HttpsServer):
         number = len(self.operations) - 1
         place = f"{self.url}/subscriptions/s1/operations/{number}?api-version=2024-10-01"
         return status, {"Azure-AsyncOperation": place}, shown
+
+    def _begin_delete(self, finish: Callable[[], dict[str, Any]]) -> Answer:
+        """A deletion tells how it goes by the status of its ``Location`` alone."""
+        _, headers, _ = self._begin(202, b"", finish)
+        place = headers["Azure-AsyncOperation"].replace("/operations/", "/results/")
+        return 202, {"Location": place, "Retry-After": "0", "x-ms-async-operation-timeout": "PT1H"}, b""
+
+    def _result(self, number: int) -> Answer:
+        operation = self.operations[number]
+        self._step(operation)
+        if operation["status"] == "Failed":
+            return 400, {}, {"error": operation["error"]}
+        return (202 if operation["status"] == "InProgress" else 204), {}, b""
 
     def _operation(self, number: int) -> Answer:
         operation = self.operations[number]
@@ -117,22 +134,28 @@ class AzureMl(HttpsServer):
             return (200, {}, self.endpoint) if self.endpoint else _error(404, "UserError", "Endpoint tiny was not found.")
         if any(operation["status"] == "InProgress" for operation in self.operations):
             return _error(409, "Conflict", "Another operation on this endpoint is in progress.")
+        if method == "DELETE":
+            return self._begin_delete(lambda: self.endpoint.clear() or {})
         assert {"location", "properties"} <= set(given)
         assert given["properties"]["authMode"] == "AADToken"
         traffic = given["properties"].get("traffic") or {}
         ready = {name for name, found in self.deployments.items() if found["properties"]["provisioningState"] == "Succeeded"}
+        ready |= set(self.endpoint.get("properties", {}).get("traffic") or {})
         if sum(traffic.values()) not in {0, 100} or not set(traffic) <= ready:
             return _error(400, "BadArgument", "Traffic must add up to 0 or 100 over deployments that have succeeded.")
         if traffic != (self.endpoint.get("properties", {}).get("traffic") or {}):
             self.shifts.append(traffic)
-        status = 200 if self.endpoint else 201
+        is_created = not self.endpoint
+        assert is_created or self.endpoint["properties"]["provisioningState"] == "Succeeded", "it can only be deleted"
+        status = 201 if is_created else 200
         self.endpoint = {**given, "id": ENDPOINT, "name": "tiny"}
         properties = self.endpoint["properties"] | {"scoringUri": f"{self.url}/score"}
         self.endpoint["properties"] = properties | {"provisioningState": "Updating" if status == 200 else "Creating"}
 
         def finish() -> dict[str, Any]:
-            self.endpoint["properties"]["provisioningState"] = "Succeeded"
-            return {}
+            failure = self.failing.get("endpoint") if is_created else None
+            self.endpoint["properties"]["provisioningState"] = "Failed" if failure else "Succeeded"
+            return {"status": "Failed", "error": dict(zip(("code", "message"), failure, strict=True))} if failure else {}
 
         return self._begin(status, self.endpoint, finish)
 
@@ -165,10 +188,13 @@ class AzureMl(HttpsServer):
         self.deployments[name]["properties"]["provisioningState"] = "Deleting"
 
         def finish() -> dict[str, Any]:
+            if self.undeletable and self.undeletable in name:
+                self.deployments[name]["properties"]["provisioningState"] = "Succeeded"
+                return {"status": "Failed", "error": {"code": "ScopeLocked", "message": "The resource is locked."}}
             del self.deployments[name]
             return {}
 
-        return self._begin(202, b"", finish)
+        return self._begin_delete(finish)
 
     def _score(self, headers: dict[str, str], body: bytes) -> Answer:
         [name] = [name for name, share in self.endpoint["properties"]["traffic"].items() if share == 100]
@@ -248,6 +274,7 @@ def test_the_first_rollout(azure: AzureMl, configured: Project, pair: tuple[Bund
         "project": "tiny",
         "endpoint-config": name,
         "previous-config": "",
+        "given-share": "100",
     }
     assert verify(config, runs[0]).bundle_digest == pair[0].digest
     before = len(azure.operations)
@@ -306,6 +333,65 @@ def test_a_failed_operation_puts_the_old_one_back_and_is_named(
         deploy(config, runs[1])
     azure.failing.clear()
     assert deploy(config, runs[1]).previous_config_name == record.endpoint_config_name, "what is left of it is replaced"
+
+
+def test_a_deletion_that_fails_is_told(
+    azure: AzureMl, configured: Project, runs: list[str], pair: tuple[Bundle, Bundle]
+) -> None:
+    first = deploy(configured(), runs[0]).endpoint_config_name
+    azure.undeletable = first
+    with pytest.raises(ConfigError, match=rf"it went back to {first}: .*The resource is locked"):
+        deploy(configured(), runs[1])
+    assert azure.serving() == {first: 100}
+
+
+def test_deployments_that_have_failed_are_removed_unless_they_serve(
+    azure: AzureMl, configured: Project, runs: list[str]
+) -> None:
+    first = deploy(configured(), runs[0]).endpoint_config_name
+    left = {"name": "b0-left", "properties": {"provisioningState": "Canceled"}}
+    azure.deployments["b0-left"] = left
+    azure.deployments[first]["properties"]["provisioningState"] = "Failed"  # to scale it
+    assert verify(configured(), runs[0]).endpoint_config_name == first
+    record = deploy(configured(rollout=CANARY), runs[1])
+    assert {record.endpoint_config_name: 10, first: 90} in azure.shifts
+    assert (azure.serving(), record.previous_config_name) == ({record.endpoint_config_name: 100}, first)
+
+
+def test_an_endpoint_whose_creation_has_failed_is_made_anew(azure: AzureMl, configured: Project, runs: list[str]) -> None:
+    azure.failing["endpoint"] = ("BadRequest", "The workspace's key vault is not accessible.")
+    with pytest.raises(DataError, match=r"key vault is not accessible"):
+        deploy(configured(), runs[0])
+    azure.failing.clear()
+    record = deploy(configured(), runs[0])
+    assert azure.serving() == {record.endpoint_config_name: 100}
+
+
+def test_settings_reach_an_endpoint_that_is_there(azure: AzureMl, configured: Project, runs: list[str]) -> None:
+    deploy(configured(tags={"team": "radiology"}), runs[0])
+    deploy(configured(tags={"team": "oncology"}), runs[0], force=True)
+    assert azure.endpoint["tags"]["team"] == "oncology"
+    deploy(configured(public_access=False), runs[0], force=True)
+    assert azure.endpoint["properties"]["publicNetworkAccess"] == "Disabled"
+
+
+def test_a_request_is_repeated_once(azure: AzureMl, configured: Project, runs: list[str]) -> None:
+    deploy(configured(), runs[0])
+    azure.refused["POST /score"] = [_error(503, "Busy", "Too many requests.", **{"retry-after": "0"})] * 20
+    with pytest.raises(Busy):
+        open_deployer(configured()).invoke(b"{}", "application/json")
+    assert azure.asked.count(("POST", "/score")) == 2
+    del azure.endpoint["properties"]["scoringUri"]
+    with pytest.raises(Unavailable, match=r"has no address yet"):
+        open_deployer(configured()).invoke(b"{}", "application/json")
+
+
+def test_a_model_that_was_deleted_cannot_be_put_back(azure: AzureMl, configured: Project, runs: list[str]) -> None:
+    first, second = (deploy(configured(), run).endpoint_config_name for run in runs)
+    del azure.assets[f"{WORKSPACE}/models/tiny/versions/{first}"]
+    with pytest.raises(DataError, match=rf"it went back to {second}: model version {first} is gone"):
+        open_deployer(configured()).put_back(first)
+    assert azure.serving() == {second: 100}
 
 
 def test_traffic_taken_away_takes_the_rollout_back(

@@ -26,30 +26,34 @@ MANIFEST = Path(__file__).parents[1] / "docker" / "monitoring" / "cronjob.yaml"
 
 
 @pytest.fixture(scope="module")
-def container() -> dict[str, Any]:
-    job = yaml.safe_load(MANIFEST.read_text())["spec"]["jobTemplate"]["spec"]
-    (container,) = job["template"]["spec"]["containers"]
-    assert isinstance(container, dict)
-    return container
+def pod() -> dict[str, Any]:
+    pod = yaml.safe_load(MANIFEST.read_text())["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert isinstance(pod, dict)
+    return pod
 
 
 def run_as_is(container: dict[str, Any], project: Project, home: Path) -> subprocess.CompletedProcess[str]:
-    """The container's command, its variables set to places of this test."""
+    """The container's command where nothing can be written to, its variables and no others set to places of this test."""
     (home / "demo.yaml").write_text(yaml.safe_dump(project.config.model_dump(mode="json")))
     places = {"PROJECT": str(home / "demo.yaml"), "CVF_STORAGE": project.config.storage, "JOB": "demo-drift-29400015"}
     places |= {"MLFLOW_TRACKING_URI": project.config.mlflow.tracking_uri, "CVF_PSEUDONYM_KEY": "a key for tests"}
+    places |= {"CVF_HOME": str(home)}
     assert {variable["name"] for variable in container["env"]} == set(places)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
         [*container["command"], *container["args"]],
-        env=os.environ | places | {"PATH": path, "CVF_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        cwd="/proc",  # not writable, for root neither
+        env={name: os.environ[name] for name in os.environ if not name.startswith("CVF_")}
+        | places
+        | {"PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
 
 
-def test_the_example_for_kubernetes_runs_as_it_is(container: dict[str, Any], home: Path) -> None:
+def test_the_example_for_kubernetes_runs_as_it_is(pod: dict[str, Any], home: Path) -> None:
+    (container,) = pod["containers"]
     project = project_in(home, "demo", f"sqlite:///{home}/mlflow.db")
     project.capture(quiet(np.random.default_rng(1), 12))
     ended = run_as_is(container, project, home)
@@ -60,6 +64,27 @@ def test_the_example_for_kubernetes_runs_as_it_is(container: dict[str, Any], hom
     assert decided["record"]["retrain"] is False
     assert decided["run"] == f"file://{home}/storage/demo/runs/cron.demo-drift-29400015"
     assert retrain == "nothing to do: no retraining has been decided"
+
+
+def test_the_example_for_kubernetes_works_in_a_folder_that_can_be_written_to(pod: dict[str, Any]) -> None:
+    (container,) = pod["containers"]
+    (home,) = [variable["value"] for variable in container["env"] if variable["name"] == "CVF_HOME"]
+    empty = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert home in {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in empty}
+
+
+def test_a_home_that_cannot_be_written_to_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump(TINY))
+    monkeypatch.setenv("CVF_HOME", "/proc")
+    given = ["--config", str(tmp_path / "project.yaml"), "--run", "s3://bucket/run"]
+    assert cli.main(["decide", *given]) in {3, 75}
+    told = capsys.readouterr().err
+    assert "/proc/var/work" in told
+    assert "CVF_HOME" in told
+    assert "unexpected" not in told
 
 
 def test_exit_codes_that_end_the_job_are_those_that_a_retry_would_not_change() -> None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import yaml
 
-from cv_factory_ops import audit, captures, cli, refusals, storage
+from cv_factory_ops import audit, captures, cli, refusals, stage, storage
 from cv_factory_ops.config import DataConfig, DecisionConfig, NpzSource, ProjectConfig, QuietHours
 from cv_factory_ops.drift.decide import decide, quiet_until
 from cv_factory_ops.drift.decisions import Decision, next_retraining, retrainings
-from cv_factory_ops.errors import DataError
+from cv_factory_ops.drift.performance import measured
+from cv_factory_ops.errors import DataError, GateRefused
 from cv_factory_ops.records import DecideRecord, DriftRecord, Performance, Result
 from cv_factory_ops.stage import Order, run_stage
 from tests.conftest import TINY
 from tests.records import gated, put
+from tests.test_performance import manifest
 
 SUMMARY = {
     "drift": "drift in 1 of 7 features (score p=1e-09) over 60 requests",
@@ -138,6 +142,28 @@ def test_labels_of_no_capture_do_not_count(project: Project) -> None:
     assert record.reason.endswith("but only 2 labelled studies have arrived so far; at least 3 are needed")
 
 
+def test_counting_labels_ends_where_all_are_found(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = f"{captures.folder(project.config)}/{project.config.endpoint_name}/AllTraffic/2026/03"
+    sagemaker = {
+        "eventMetadata": {"eventId": "ours", "customAttributes": ["{}"], "inferenceTime": "2026-03-02T00:00:00Z"},
+        "captureData": {"endpointInput": {"data": '{"eventMetadata": {"inferenceId": "s0"}}', "encoding": "JSON"}},
+    }
+    lines = ["no capture", json.dumps({"eventMetadata": [1]}), json.dumps(sagemaker)]
+    storage.write_bytes(f"{folder}/02/00/0.jsonl", "\n".join(lines).encode())
+    opened, read_lines = [], storage.read_lines
+
+    def noted(uri: str, start: int = 0) -> Iterator[tuple[int, bytes]]:
+        opened.append(uri)
+        return read_lines(uri, start)
+
+    monkeypatch.setattr(storage, "read_lines", noted)
+    assert captures.captured(project.config, []) == set()
+    assert opened == []
+    assert captures.captured(project.config, ["ours"]) == {"ours"}
+    assert opened == [f"{folder}/02/00/0.jsonl"], "the newest file only"
+    assert captures.captured(project.config, ["ours", "s5", "s0", "never captured"]) == {"ours", "s5", "s0"}
+
+
 def test_cooldown_holds_until_it_is_over(project: Project) -> None:
     project.label("s0", "s1", "s2")
     assert project.decide("r1").retrain
@@ -173,6 +199,16 @@ def test_a_retried_run_decides_once(project: Project) -> None:
     assert len(project.decisions()) == 1
 
 
+def test_a_retried_check_that_now_finds_drift_is_decided_anew(project: Project) -> None:
+    project.label("s0", "s1", "s2")
+    assert not project.decide("r1", "not enough data").retrain
+    assert not project.decide("r1", "not enough data").retrain
+    assert len(project.decisions()) == 1, "nothing has changed"
+    assert project.decide("r1").retrain
+    assert project.decide("r1", requests=61).retrain, "a retraining that was decided stands"
+    assert [decision.verdict for decision in project.decisions()] == ["not enough data", "drift"]
+
+
 def test_runs_with_the_same_name_are_kept_apart(project: Project) -> None:
     other = Project(project.config, f"{project.runs}/elsewhere")
     assert project.decide("r1").decision != other.decide("r1").decision
@@ -192,7 +228,7 @@ AUC = Performance(metric="auc", value=0.81, low=0.74, high=0.88, labelled=120, e
 def test_every_trigger_and_every_rule_is_told_with_its_numbers(project: Project) -> None:
     triggers = [
         {"kind": "drift"},
-        {"kind": "performance", "metric": "auc", "minimum": 0.8},
+        {"kind": "performance", "metric": "auc", "minimum": 0.9},
         {"kind": "age", "days": 90},
         {"kind": "volume", "labels": 500},
     ]
@@ -201,12 +237,12 @@ def test_every_trigger_and_every_rule_is_told_with_its_numbers(project: Project)
     told = {item.trigger: (item.asks, item.value, item.limit) for item in decision.considered}
     assert told == {
         "drift": (False, None, 0.01),
-        "performance": (True, 0.74, 0.8),
+        "performance": (True, 0.88, 0.9),
         "age": (False, None, 90),
         "volume": (False, 4, 500),
     }
     assert (decision.retrain, decision.trigger, decision.stopped_by) == (True, "performance", "")
-    assert decision.reason.startswith("auc 0.810 (0.740 .. 0.880, by 120 late labels), lower end below 0.8; 4 labelled studies")
+    assert decision.reason.startswith("auc 0.810 (0.740 .. 0.880, by 120 late labels), upper end below 0.9; 4 labelled studies")
     assert [(rule.rule, rule.allows) for rule in decision.rules] == [
         ("cooldown", True),
         ("labels", True),
@@ -216,8 +252,8 @@ def test_every_trigger_and_every_rule_is_told_with_its_numbers(project: Project)
 
 
 def test_an_estimate_counts_only_where_that_is_configured_and_nothing_was_measured(project: Project) -> None:
-    estimate = AUC.model_copy(update={"low": 0.6, "labelled": 0, "estimated": True})
-    sound = AUC.model_copy(update={"low": 0.85})
+    estimate = AUC.model_copy(update={"high": 0.78, "labelled": 0, "estimated": True})
+    sound = AUC.model_copy(update={"high": 0.85})
 
     def asks(estimated: bool, *known: Performance) -> bool:
         trigger = {"kind": "performance", "minimum": 0.8, "estimated": estimated}
@@ -228,6 +264,23 @@ def test_an_estimate_counts_only_where_that_is_configured_and_nothing_was_measur
     assert not asks(False, estimate)
     assert not asks(True, estimate, sound), "what was measured goes before what was estimated"
     assert not asks(True)
+
+
+def test_few_labels_alone_do_not_ask(project: Project) -> None:
+    strict = ruled(project, triggers=[{"kind": "performance", "metric": "accuracy", "minimum": 0.8}])
+
+    def asks(right: int, wrong: int) -> bool:
+        """Of so many answers, measured as a drift check would."""
+        labels, answers = np.zeros(right + wrong, np.int64), np.repeat([0.1, 0.9], [right, wrong])
+        known = measured(labels, np.stack([1 - answers, answers], axis=1), manifest(), {})
+        (found,) = strict.at(NOON, "no drift", performance=known).considered
+        return found.asks
+
+    assert not asks(1, 0)
+    assert not asks(0, 1), "it says too little"
+    assert not asks(10, 2)
+    assert not asks(75, 25), "the interval reaches to 0.82"
+    assert asks(60, 40)
 
 
 def test_an_old_champion_is_trained_anew(project: Project) -> None:
@@ -259,6 +312,24 @@ def test_without_a_trigger_nothing_asks(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
+    "again",
+    [
+        "image_mean (slowly)",
+        "image_mean @ manufacturer=Acme @ home",
+        "image_mean_missing",
+        "metadata_view=AP (slowly)",
+        "metadata_view",
+    ],
+)
+def test_another_test_of_the_same_feature_is_no_other_cause(project: Project, again: str) -> None:
+    eager = ruled(project, cooldown_hours=0, minimum_labels=0, repeat_labels=1)
+    assert eager.decide("r1", drifted={"image_mean": 1e-5, "metadata_view": 1e-5}).retrain
+    assert not eager.decide("r2", drifted={again: 1e-7}).retrain
+    assert eager.decisions()[-1].stopped_by == "duplicate"
+    assert eager.decide("r3", drifted={"image_noise (slowly)": 1e-7}).retrain
+
+
+@pytest.mark.parametrize(
     ("drifted", "digest", "retrains"),
     [
         (("mean", "score"), "d", False),
@@ -279,14 +350,10 @@ def test_one_retraining_for_one_cause(project: Project, drifted: tuple[str, ...]
 
 def test_a_refused_challenger_is_not_trained_again_without_more_labels(project: Project) -> None:
     again = ruled(project, cooldown_hours=0, minimum_labels=0, repeat_labels=2)
-
-    def registration(aliases: audit.Aliases) -> audit.Change:
-        digests = {"bundle_digest": "d" * 64, "gate_digest": ""}
-        return audit.Change(action="registration", who="", why="", run="", version=1, aliases={"champion": 1}, **digests)
-
-    audit.append(again.config, {}, registration)
     first = again.decide("r1")
-    refusals.keep(again.config, again.decisions()[0].retraining, "gate", "auc 0.700 is below gate.minimum 0.8")
+    refusals.keep(f"{again.config.root}/runs/by_hand", "gate", "another run's reason")
+    refusals.keep(again.decisions()[0].retraining, "gate", "an earlier reason")
+    refusals.keep(again.decisions()[0].retraining, "gate", "auc 0.700 is below gate.minimum 0.8")
     assert first.retrain
     again.label("s0")
     second = again.decide("r2")
@@ -296,8 +363,21 @@ def test_a_refused_challenger_is_not_trained_again_without_more_labels(project: 
     assert again.decide("r3").retrain
 
 
+def test_a_refusal_that_cannot_be_kept_hides_no_reason(
+    project: Project, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder lies where the file would."""
+    run = f"{project.runs}/r1"
+    put(run, gated(("auc 0.5 is below",)))
+    (home / "runs" / "r1" / "refused.json").mkdir()
+    monkeypatch.setattr(stage, "_result", lambda *_: stage.read_result(run, "gate"))
+    with pytest.raises(GateRefused, match=r"auc 0\.5 is below"):
+        run_stage("gate", project.config, run)
+    assert "refused.json: was not kept" in caplog.text
+
+
 def test_a_new_kind_of_evidence_is_a_cause_of_its_own(project: Project) -> None:
-    triggers = [{"kind": "drift"}, {"kind": "performance", "minimum": 0.8}]
+    triggers = [{"kind": "drift"}, {"kind": "performance", "minimum": 0.9}]
     both = ruled(project, triggers=triggers, cooldown_hours=0, minimum_labels=0)
     assert both.decide("r1").retrain
     assert not both.decide("r2").retrain
@@ -330,6 +410,7 @@ def test_the_budget_counts_thirty_days_of_runs_and_minutes(project: Project) -> 
         ("UTC", "2026-03-11T06:00:00+00:00", "2026-03-11T06:00:00+00:00"),
         ("Europe/Berlin", "2026-01-10T21:30:00+00:00", "2026-01-11T05:00:00+00:00"),  # CET is an hour ahead of UTC
         ("Europe/Berlin", "2026-03-28T23:30:00+00:00", "2026-03-29T04:00:00+00:00"),  # the night to CEST
+        ("Europe/Berlin", "2026-10-24T21:30:00+00:00", "2026-10-25T05:00:00+00:00"),  # the night to CET
         ("Asia/Tokyo", "2026-03-10T12:59:00+00:00", "2026-03-10T12:59:00+00:00"),
         ("Asia/Tokyo", "2026-03-10T13:00:00+00:00", "2026-03-10T21:00:00+00:00"),
     ],
@@ -337,6 +418,13 @@ def test_the_budget_counts_thirty_days_of_runs_and_minutes(project: Project) -> 
 def test_quiet_hours_are_local_and_pass_midnight(zone: str, now: str, until: str) -> None:
     quiet = QuietHours.model_validate(yaml.safe_load(f"{{start: 22:00, end: 06:00, time_zone: {zone}}}"))
     assert quiet_until(quiet, datetime.fromisoformat(now)) == datetime.fromisoformat(until)
+
+
+def test_quiet_hours_that_end_in_the_hour_that_autumn_repeats_end_in_either_round() -> None:
+    quiet = QuietHours.model_validate(yaml.safe_load("{start: 22:00, end: 02:30, time_zone: Europe/Berlin}"))
+    first, second = datetime(2026, 10, 25, 0, 15, tzinfo=UTC), datetime(2026, 10, 25, 1, 15, tzinfo=UTC)  # both are 02:15
+    assert quiet_until(quiet, first) == first.replace(minute=30)
+    assert quiet_until(quiet, second) == second.replace(minute=30)
 
 
 def test_what_is_decided_in_quiet_hours_says_when_it_may_begin(project: Project) -> None:
@@ -370,9 +458,16 @@ def test_the_next_retraining_is_the_one_that_is_neither_done_nor_refused_and_may
     run, told = next_retraining(project.config, decision.time - timedelta(hours=1))
     assert run == ""
     assert "may not begin before 20" in told
-    put(decision.retraining, gated(("auc 0.5 is below",)))
+    refusals.keep(decision.retraining, "train", "none of the 9 complete trials keeps to search.select.rules")
+    run, told = next_retraining(project.config, datetime.now(UTC))
+    assert run == ""
+    assert told.endswith("was refused by stage train: none of the 9 complete trials keeps to search.select.rules")
+    storage.write_bytes(f"{decision.retraining}/refused.json", b"{")
+    assert next_retraining(project.config, datetime.now(UTC))[0] == "", "refused it was, whatever the reason"
+    refusals.keep(decision.retraining, "train", "anew")
+    refusals.take_back(decision.retraining, "ingest")
     assert next_retraining(project.config, datetime.now(UTC))[0] == ""
-    put(decision.retraining, gated(()))
+    refusals.take_back(decision.retraining, "train")
     assert next_retraining(project.config, datetime.now(UTC))[0] == decision.retraining
     storage.write_bytes(f"{decision.retraining}/promote/result.json", b"{}")
     assert next_retraining(project.config, datetime.now(UTC))[1].endswith("is done")

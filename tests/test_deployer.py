@@ -123,8 +123,11 @@ def test_a_model_that_refuses_every_request_does_not_stay(
     with pytest.raises(DataError, match=rf"the model refused: .*; the endpoint was put back to {first.endpoint_config_name}"):
         verify(config, two)
     assert verify(config, one).bundle_digest == pair[0].digest, "what the alias names is what serves"
+    put_back = server.control.describe_endpoint(EndpointName=config.endpoint_name)
     with pytest.raises(DataError, match=r"silent rollback: .*: it was put back: .* UTC, verify: .*the model refused"):
         verify(config, two)
+    again = server.control.describe_endpoint(EndpointName=config.endpoint_name)
+    assert again["LastModifiedTime"] == put_back["LastModifiedTime"], "there is nothing left to do"
 
 
 def test_a_rollout_that_takes_too_long_is_joined_by_a_retry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from itertools import combinations
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, chi2_contingency, kruskal, permutation_test
 
 from cv_factory_ops.config import DriftConfig
-from cv_factory_ops.domain import Kind
-from cv_factory_ops.drift import detect, sequential
+from cv_factory_ops.domain import Kind, open_domain
+from cv_factory_ops.drift import detect, picture, sequential
 from cv_factory_ops.drift.detect import TOGETHER, Comparison, Verdict, compare, judge
 from cv_factory_ops.drift.report import write_report
+from cv_factory_ops.drift.subgroups import groups_of, with_groups
+from cv_factory_ops.groups import group_of
 from cv_factory_ops.records import SlowDriftState
 from tests.drift import KINDS, Project, project_in, quiet, table
 
@@ -205,7 +208,7 @@ def advanced(reference: pd.DataFrame, windows: list[pd.DataFrame], kinds: dict[s
     """The state after the windows; the scores of the window's own test are not needed for it."""
     state = None
     for window in windows:
-        state = sequential.advance(state, Comparison(reference, window, kinds, 0.01, {}))
+        state = sequential.advance(state, Comparison(reference, window, kinds, 0.01, {}), DriftConfig())
     assert state is not None
     return state
 
@@ -218,7 +221,7 @@ def test_quiet_sequences_seldom_alarm_though_they_share_a_small_reference() -> N
         reference, state = pd.DataFrame(rng.normal(size=(100, 4)), columns=list(NUMBERS)), None
         for _ in range(config.horizon):
             window = pd.DataFrame(rng.normal(size=(100, 4)), columns=list(NUMBERS))
-            state = sequential.advance(state, Comparison(reference, window, NUMBERS, 0.01, {}))
+            state = sequential.advance(state, Comparison(reference, window, NUMBERS, 0.01, {}), config)
             if sequential.drifted(state, config):
                 alarms += 1
                 break
@@ -241,6 +244,94 @@ def test_slow_drift_is_found_that_no_window_shows() -> None:
     assert state.series["a"].down > state.series["a"].up
     assert set(state.series) == {"a", "b", "scanner=x", "scanner=y"}
     assert state.windows == 22
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_slow_drift_ends_when_the_feature_comes_back(seed: int) -> None:
+    """The windows that drifted have not become what is normal: there is no alarm that the feature fell."""
+    rng, config, state = np.random.default_rng(seed), DriftConfig(), None
+    reference, alarms = pd.DataFrame({"a": rng.normal(size=2_000)}), dict[int, bool]()
+    for night in range(200):
+        window = pd.DataFrame({"a": rng.normal(0.3 if 10 <= night < 40 else 0.0, 1, 100)})
+        state = sequential.advance(state, Comparison(reference, window, {"a": "number"}, 0.01, {}), config)
+        if sequential.drifted(state, config):
+            alarms[night] = state.series["a"].up > state.series["a"].down
+    assert set(range(15, 40)) <= alarms.keys(), "it stays so as long as it lasts"
+    assert all(alarms.values()), "always upward"
+    assert max(alarms) < 80
+
+
+def test_a_window_that_its_own_test_alarms_for_is_not_taken_for_normal() -> None:
+    rng = np.random.default_rng(0)
+    reference, window = pd.DataFrame({"a": rng.normal(size=500)}), pd.DataFrame({"a": rng.normal(3, 1, 100)})
+    comparison = compare(reference, window, {"a": "number"}, 0.01)
+    state = sequential.advance(None, comparison, DriftConfig(), judge(comparison).drifted)
+    assert (state.series["a"].rows, state.series["a"].total) == (0, 0.0)
+    assert state.series["a"].up > 0
+
+
+def test_which_categories_are_told_apart_does_not_depend_on_the_order_of_rows() -> None:
+    rng = np.random.default_rng(11)
+    values = np.array([f"device {i}" for i in range(100)] * 2, object)
+    order = rng.permutation(len(values))
+    assert np.allclose(detect.category_scores(values)[order], detect.category_scores(values[order]))
+    column = pd.Series(values)
+    assert (group_of(column, {})[order] == group_of(column.iloc[order], {})).all()
+
+
+def test_the_least_rate_of_false_alarms_needs_no_gigabyte() -> None:
+    rng = np.random.default_rng(12)
+    names: dict[str, Kind] = {f"c{i}": "category" for i in range(12)}
+    frames = [pd.DataFrame({name: rng.integers(0, 29, 60).astype(str) for name in names}) for _ in range(2)]
+    comparison = compare(*frames, names, 1e-4)
+    tracemalloc.start()
+    judge(comparison)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(scores.shape[1] for scores in comparison.scores.values()) > 300
+    assert most < 500 << 20, f"{most >> 20} MiB"
+
+
+def test_values_that_the_reference_hardly_has_are_tested_but_not_told() -> None:
+    rng = np.random.default_rng(13)
+    kinds: dict[str, Kind] = {"metadata_model_name": "category", "abstained": "category"}
+    models = ["X1"] * 30 + ["X2"] * 26 + ["SMITH^JOHN"] * 4
+    reference = pd.DataFrame({"metadata_model_name": models, "abstained": ["no"] * 59 + ["yes"]})
+    window = pd.DataFrame(
+        {"metadata_model_name": ["X1"] * 30 + ["MILLER^ANN"] * 50, "abstained": rng.choice(["yes", "no"], 80)}
+    )
+    window.loc[0, "metadata_model_name"] = None
+    comparison = compare(reference, window, kinds, 0.01)
+    assert "metadata_model_name" in judge(comparison).drifted
+    assert set(comparison.reference["metadata_model_name"]) == {"X1", "X2", "others"}
+    assert set(comparison.window["metadata_model_name"]) == {"X1", "others", "missing"}
+    assert set(comparison.reference["abstained"]) == {"yes", "no"}, "an answer of ours is no name"
+    groups = groups_of(comparison, open_domain("medical"), DriftConfig(subgroups=["model_name"]))
+    assert [group.value for group in groups] == ["X1", "X2", "others", "not known"]
+    assert set(sequential.advance(None, comparison, DriftConfig()).series) == {
+        "metadata_model_name=X1",
+        "metadata_model_name=X2",
+    }
+
+
+def test_text_of_headers_is_neither_markup_nor_a_formula(tmp_path: Path) -> None:
+    wicked = ["</script><script>alert(1)</script>", r"A$ \frac{ B_$", "plain"]
+    rng = np.random.default_rng(14)
+    rows = [quiet(rng, 300), quiet(rng, 300)]
+    sides = [table(side).assign(metadata_manufacturer=rng.choice(wicked, 300)) for side in rows]
+    sides[1]["image_mean"] += 0.2
+    sides[1].loc[:200, "metadata_manufacturer"] = wicked[0]
+    comparison = compare(sides[0], sides[1], KINDS, 0.01)
+    comparison = with_groups(comparison, groups_of(comparison, open_domain("medical"), DriftConfig()))
+    verdict = judge(comparison)
+    assert "metadata_manufacturer" in verdict.drifted
+    assert any(wicked[0] in name for name in verdict.p_values)
+    assert any(wicked[1] in name for name in verdict.p_values)
+    write_report(comparison, verdict, tmp_path)
+    picture.draw(comparison, verdict, tmp_path / "drift.png")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "alert(1)" in page
 
 
 @pytest.fixture(scope="module")

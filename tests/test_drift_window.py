@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 from scipy.stats import binomtest, chisquare
 
 from cv_factory_ops import captures, registry, storage
@@ -23,7 +26,7 @@ from cv_factory_ops.drift import examples
 from cv_factory_ops.drift.detect import compare, judge
 from cv_factory_ops.drift.subgroups import groups_of, with_groups
 from cv_factory_ops.drift.window import Sample, Window, consume, read_cursor, read_window
-from cv_factory_ops.errors import ConfigError
+from cv_factory_ops.errors import ConfigError, Unavailable
 from cv_factory_ops.predictor import Predictor
 from cv_factory_ops.records import DriftRecord, TrainRecord
 from cv_factory_ops.stage import read_result, run_stage
@@ -88,6 +91,76 @@ def test_files_of_the_same_name_from_two_variants_both_count(project: Project) -
     (root / "AllTraffic").rename(root / "blue")
     project.capture(rows(30), place="2026/03/01/10/a.jsonl")
     assert project.check("r1").requests == 90
+
+
+def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(project: Project) -> None:
+    project.capture(rows(60), place="2026/03/01/10/a.jsonl")
+    file = storage.path_of(f"{captures.folder(project.config)}/{project.config.endpoint_name}/AllTraffic/2026/03/01/10/a.jsonl")
+    assert file
+    lines = file.read_bytes()
+    last = lines.splitlines(keepends=True)[-1]
+    file.write_bytes(lines[:-100])
+    first = project.check("r1")
+    assert (first.requests, first.quality.quarantined) == (59, 0)
+    file.write_bytes(lines + lines.rstrip())
+    second = project.check("r2")
+    assert (second.requests, second.quality.quarantined) == (61, 0), (
+        "the one that was cut off too; the last, without end, is whole"
+    )
+    file.write_bytes(lines + lines + last)
+    assert project.check("r3").requests == 1
+
+
+def test_hours_that_are_none_and_clocks_that_are_wrong(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    project.capture(rows(60), place="2026/02/31/10/a.jsonl")
+    project.capture(rows(60), place="2026/03/01/10/a.jsonl")
+    project.capture(rows(5), place="2099/01/01/00/a.jsonl")
+    assert project.check("r1").requests == 65
+    assert "AllTraffic/2026/02/31/10/a.jsonl: skipped" in caplog.text
+    today = datetime.now(UTC).strftime("%Y/%m/%d/%H")
+    project.capture(rows(60), place=f"{today}/b.jsonl")
+    assert project.check("r2").requests == 60
+
+
+@pytest.mark.parametrize("where", ["file", "s3"])
+def test_of_two_checks_one_moves_the_cursor(project: Project, request: pytest.FixtureRequest, where: str) -> None:
+    """Both have seen the same cursor, at the very moment before they move it."""
+    if where == "s3":
+        project.config = project.config.model_copy(update={"storage": f"s3://{request.getfixturevalue('bucket')}/p"})
+    uri = f"{project.config.root}/drift/cursor.json"
+    assert storage.create_bytes(uri, b"0")
+    assert storage.replace_bytes(uri, b"0", b"1")
+    assert not storage.replace_bytes(uri, b"0", b"2")
+    assert storage.read_bytes(uri) == b"1"
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda i: storage.replace_bytes(uri, b"1", f"from {i}".encode()), range(8)))
+    assert sum(done) == 1
+    assert storage.read_bytes(uri) == f"from {done.index(True)}".encode()
+
+
+def test_captures_are_not_taken_over_from_a_check_that_finishes_after_all(project: Project) -> None:
+    project.capture(rows(60), place="2026/03/01/10/a.jsonl")
+    slow = project.stage("r1")
+    consume(slow, read_window(slow, project.digest, KINDS))
+    other = project.stage("r2")
+    taken_over = read_window(other, project.digest, KINDS)
+    assert taken_over.requests == 60
+    assert project.check("r1").requests == 60
+    with pytest.raises(Unavailable, match="another drift check has moved it"):
+        consume(other, taken_over)
+    assert project.check("r2").requests == 0
+
+
+def test_a_verdict_after_not_enough_data_stands(project: Project) -> None:
+    project.capture(rows(10), place="2026/03/01/10/a.jsonl")
+    assert project.check("r1").verdict == project.check("r1").verdict == "not enough data"
+    project.capture(rows(60), place="2026/03/01/10/b.jsonl")
+    found = project.check("r1")
+    assert (found.verdict, found.requests) == ("no drift", 70)
+    result = project.out("r1") / "result.json"
+    written = result.stat().st_mtime_ns
+    assert project.check("r1") == found
+    assert result.stat().st_mtime_ns == written, "it was not checked again"
 
 
 @pytest.mark.parametrize("where", ["file", "s3"])
@@ -198,7 +271,8 @@ def test_drift_of_one_scanner_is_found_and_told(project: Project) -> None:
     assert beta.p_values["image_sharpness"] < 1e-6 < 1e-2 < alpha.p_values["image_sharpness"]
     counts = pd.Series([row["metadata_manufacturer"] for row in shifted]).value_counts(normalize=True)
     assert beta.share == pytest.approx(counts["Beta"], abs=1e-6)
-    assert record.groups["manufacturer"]["Gamma"].p_values == {}, "too few to be tested"
+    assert record.groups["manufacturer"]["others"].p_values == {}, "too few to be tested"
+    assert "Gamma" not in record.groups["manufacturer"], "too few in the reference to be told"
     assert any(name.partition(" @ ")[0] == "image_sharpness" for name in record.drifted)
     page = (project.out("r1") / "index.html").read_text()
     assert "image_sharpness, p = " in page
@@ -223,6 +297,34 @@ def test_unknown_subgroups_are_refused(project: Project) -> None:
     project.capture(rows(60))
     with pytest.raises(ConfigError, match=r"drift\.subgroups: 'scanner' given; allowed: modality, manufacturer"):
         project.check("r1")
+
+
+def test_labels_that_arrive_after_their_window_measure_the_champion(project: Project) -> None:
+    def measured(name: str) -> tuple[float, int] | None:
+        found = [each for each in project.check(name).performance if each.metric == "accuracy" and not each.estimated]
+        return (found[0].value, found[0].labelled) if found else None
+
+    def label(window: int, answers: int, wrong: int) -> None:
+        """Each was answered as 0.9 a."""
+        names = [f"study-{window}-{i}" for i in range(answers)]
+        captures.add_labels(project.config, {name: "b" if i < wrong else "a" for i, name in enumerate(names)})
+
+    project.capture(rows(60), place="2026/03/01/10/0.jsonl")
+    assert measured("r1") is None
+    label(0, 20, wrong=10)
+    project.capture(rows(60), place="2026/03/20/10/0.jsonl")
+    label(1, 20, wrong=2)
+    assert measured("r2") == (28 / 40, 40)
+    label(0, 21, wrong=10)
+    assert measured("r2") == (28 / 40, 40), "a verdict stands"
+    project.capture(rows(60), place="2026/03/20/11/0.jsonl")
+    assert measured("r3") == (pytest.approx(29 / 41), 41)
+    project.capture(rows(60), place="2026/04/05/10/0.jsonl")
+    assert measured("r4") == (18 / 20, 20), "the first window is too long ago"
+    storage.delete_tree(f"{project.runs}/r3/drift")
+    label(4, 30, wrong=0)
+    project.capture(rows(60), place="2026/04/05/11/0.jsonl")
+    assert measured("r5") == (1.0, 30), "behind a check that is gone nothing is known"
 
 
 def test_late_labels_measure_the_champion(project: Project) -> None:
@@ -387,6 +489,59 @@ def test_an_image_that_nobody_has_looked_at_is_not_shown(
     shown = examples.of_window(stage, bundle, window, pd.DataFrame(window.rows)["image_mean"], 4)
     assert shown.images == []
     assert examples.reasons([shown]) == "4 not shown: should be looked at first: not_screened"
+
+
+@pytest.mark.parametrize("kind", ["image/png", "application/json"])
+def test_an_image_that_text_is_not_looked_for_in_is_not_shown(
+    trained: Trained, in_its_home: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Text is looked for in studies alone."""
+    content = BytesIO()
+    if kind == "image/png":
+        Image.new("L", (48, 48), 99).save(content, "PNG")
+    else:
+        content.write(json.dumps({"instances": [[[0.5] * 48] * 48]}).encode())
+    capture = captures.Capture("", "", "", kind, content.getvalue(), b"")
+    monkeypatch.setattr(captures, "at", lambda config, position: capture)
+    stage, bundle = trained.project.stage("check"), Bundle.load(trained.home / "run" / "train" / "bundle")
+    window = read_window(stage, bundle.digest, bundle.manifest.features)
+    values = pd.DataFrame(window.rows)["image_mean"]
+    assert len(examples.of_window(stage, bundle, window, values, 4).images) == 4, "where images are trusted"
+    for pixels in ("screen", "declared"):
+        settings = stage.config.deidentification.model_copy(update={"pixels": pixels})
+        object.__setattr__(stage, "config", stage.config.model_copy(update={"deidentification": settings}))
+        shown = examples.of_window(stage, bundle, window, values, 4)
+        assert shown.images == []
+        assert "not shown: only studies are looked through for text" in examples.reasons([shown])
+
+
+def test_a_storage_that_does_not_answer_costs_a_picture_and_no_check(
+    trained: Trained, in_its_home: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, bundle = trained.project.stage("check"), Bundle.load(trained.home / "run" / "train" / "bundle")
+    window = read_window(stage, bundle.digest, bundle.manifest.features)
+
+    def hiccup(config: object, position: str) -> None:
+        raise Unavailable("s3://bucket/key: S3 answered SlowDown")
+
+    monkeypatch.setattr(captures, "at", hiccup)
+    shown = examples.of_window(stage, bundle, window, pd.DataFrame(window.rows)["image_mean"], 4)
+    assert examples.reasons([shown]) == "4 not shown: its capture cannot be read any more"
+
+
+def test_of_the_reference_only_the_images_that_are_shown_are_read(
+    trained: Trained, in_its_home: None, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, model = trained.project.stage("check"), registry.champion(trained.project.config)
+    assert model
+    values = Bundle.load(trained.home / "run" / "train" / "bundle").reference()["image_mean"]
+    there = examples.of_reference(stage, model, values, 4)
+    storage.upload_tree(trained.home / "run" / "preprocess", f"s3://{bucket}/run/preprocess")
+    monkeypatch.setattr(registry, "run_of", lambda config, version: f"s3://{bucket}/run")
+    before = set(stage.workspace.rglob("*"))
+    copied = examples.of_reference(stage, model, values, 4)
+    assert [image.tolist() for image in copied.images] == [image.tolist() for image in there.images]
+    assert set(stage.workspace.rglob("*")) == before, "nothing is left on the disk"
 
 
 def test_without_example_images_the_page_has_none(project: Project) -> None:

@@ -31,7 +31,7 @@ from cv_factory_ops.groups import group_of
 from cv_factory_ops.models import build
 from cv_factory_ops.predictor import Predictor, infer
 from cv_factory_ops.preprocessing.shards import Images, open_split, read_rows
-from cv_factory_ops.records import EvaluateRecord, Result, Subgroup, TrainRecord
+from cv_factory_ops.records import EvaluateRecord, IngestRecord, Result, Subgroup, TrainRecord
 from cv_factory_ops.stage import read_result, run_stage
 from cv_factory_ops.training.release import calibrate
 from tests.bundles import IMAGE
@@ -448,3 +448,17 @@ def _publish_training(folder: Path, bundle: Bundle, run: str, run_id: str) -> No
     )
     result = Result(stage="train", run=run, inputs_digest="", seconds=0.0, record=record.model_dump())
     (folder / "result.json").write_text(result.model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("counted", "told"),
+    [
+        ({}, "9 images are captured requests"),  # a record of before they were counted
+        ({"late_labels": 9, "pseudo_labels": 0}, "9 images are captured requests (9 have late labels)"),
+        ({"late_labels": 4, "pseudo_labels": 0}, "9 images are captured requests (4 have late labels, 5 no label)"),
+    ],
+)
+def test_the_data_card_says_of_captures_what_was_counted(counted: dict[str, int], told: str) -> None:
+    numbers = {"accepted": 9, "quarantined": 0, "to_review": 0, "captured": 9}
+    record = IngestRecord(summary="", splits={}, quarantine_reasons={}, data_digest="", test_digest="", **numbers, **counted)
+    assert cards._captured(record) == told

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from cv_factory_ops import audit, exporter, storage
+from cv_factory_ops import audit, exporter, refusals, storage
 from cv_factory_ops.config import DecisionConfig, ProjectConfig, PushgatewayConfig
 from cv_factory_ops.exporter import FAMILIES
 from cv_factory_ops.gateway.metrics import Metrics as GatewayMetrics
@@ -27,7 +27,7 @@ from cv_factory_ops.records import Performance, Quality
 from cv_factory_ops.stage import Order, run_stage
 from tests.bundles import free_port, start_cvf, wait_until, write_bundle
 from tests.conftest import TINY
-from tests.records import gated, put
+from tests.records import put
 from tests.test_decide import Verdict, checked
 
 MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
@@ -35,7 +35,9 @@ FOUND: dict[str, Any] = {
     "drifted": {"score": 1e-9},
     "p_values": {"score": 1e-9, "image_mean": 0.3},
     "performance": [
-        Performance(metric="auc", value=0.81, low=0.74, high=0.88, labelled=120, estimated=False, reference=0.9),
+        Performance(
+            metric="auc", value=0.81, low=0.74, high=0.88, labelled=120, estimated=False, reference=0.9, reference_low=0.89
+        ),
         Performance(metric="accuracy", value=0.7, low=0.6, high=0.8, labelled=0, estimated=True),
     ],
     "quality": Quality(foreign=2, unreadable=1, refused={"too_large": 4, "unsupported": 1}),
@@ -119,6 +121,7 @@ def test_check_decision_performance_and_champion_are_told(config: ProjectConfig)
         ("cvf_model_performance_low", "tiny", "auc", "measured"): 0.74,
         ("cvf_model_performance_high", "tiny", "auc", "measured"): 0.88,
         ("cvf_model_performance_reference", "tiny", "auc", "measured"): 0.9,
+        ("cvf_model_performance_reference_low", "tiny", "auc", "measured"): 0.89,
         ("cvf_model_performance", "tiny", "accuracy", "estimated"): 0.7,
         ("cvf_model_performance_low", "tiny", "accuracy", "estimated"): 0.6,
         ("cvf_model_performance_high", "tiny", "accuracy", "estimated"): 0.8,
@@ -142,13 +145,18 @@ def test_what_comes_later_is_told_at_the_next_question(config: ProjectConfig) ->
     client = TestClient(exporter.create_app([config]))
     decided(config, "r1", **FOUND)
     assert samples(client.get("/metrics").text)["cvf_retraining_outcome", "tiny", "open"] == 1
-    put(exporter.read(exporter.stored_uris(config)[-1]).retraining, gated(("auc is low",)))
+    refusals.keep(exporter.read(exporter.stored_uris(config)[-1]).retraining, "gate", "auc is low")
     decided(config, "r2", "not enough data", requests=7)
     told = samples(client.get("/metrics").text)
     assert told["cvf_retraining_outcome", "tiny", "refused"] == 1
     assert (told["cvf_drift_requests", "tiny"], told["cvf_drift_verdict", "tiny", "not enough data"]) == (7, 1)
     assert ("cvf_drift_feature_p_value", "tiny", "score") not in told
     assert told["cvf_decisions_total", "tiny", "retrain", "drift", ""] == 1
+    assert told["cvf_model_performance", "tiny", "auc", "measured"] == 0.81, "too few requests make no model better"
+    decided(config, "r2", **FOUND | {"performance": []})
+    told = samples(client.get("/metrics").text)
+    assert told["cvf_drift_feature_p_value", "tiny", "score"] == 1e-9, "the same run, tried again"
+    assert ("cvf_model_performance", "tiny", "auc", "measured") not in told
 
 
 def test_a_broken_project_leaves_the_others_alone(config: ProjectConfig, caplog: pytest.LogCaptureFixture) -> None:
@@ -166,6 +174,14 @@ def test_the_number_of_features_is_bounded(config: ProjectConfig) -> None:
     decided(config, "r1", p_values=values, drifted={})
     features = [sample[2] for sample in asked(config) if sample[0] == "cvf_drift_feature_p_value"]
     assert sorted(features) == sorted(values)[: exporter.MOST_FEATURES]
+
+
+def test_words_from_headers_are_in_no_label(config: ProjectConfig) -> None:
+    found = {"score": 0.2, "score @ model_name=Mrs Smith": 1e-6, "metadata_model_name=Mrs Smith (slowly)": 1e-7}
+    decided(config, "r1", p_values=found, drifted={**found, "score (slowly)": 1e-8})
+    told = asked(config)
+    assert {sample[2] for sample in told if sample[0] == "cvf_drift_feature_p_value"} == {"score", "score (slowly)"}
+    assert "Smith" not in str(told)
 
 
 def test_a_person_s_words_are_in_no_label(config: ProjectConfig) -> None:
@@ -314,6 +330,7 @@ def test_the_dashboard_uses_what_is_exposed(known: dict[str, set[str]]) -> None:
         "cvf_project_readable",
         "cvf_drift_alpha",
         "cvf_model_champion_since_timestamp_seconds",
+        "cvf_model_performance_reference_low",
         "cvf_decision_cooldown_until_timestamp_seconds",
         "cvf_retraining_decided_timestamp_seconds",
     }
@@ -321,10 +338,23 @@ def test_the_dashboard_uses_what_is_exposed(known: dict[str, set[str]]) -> None:
     assert len(set(places)) == len(places)
 
 
+def test_the_alert_for_performance_asks_what_the_page_calls_worse(config: ProjectConfig) -> None:
+    """One series below another of the same labels."""
+    groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+    (rule,) = [rule for group in groups for rule in group["rules"] if rule["alert"] == "CvfPerformanceBelowReference"]
+    left, right = rule["expr"].split(" < ")
+    for number, high in enumerate((0.895, 0.88)):
+        performance = FOUND["performance"][0].model_copy(update={"high": high})
+        decided(config, f"r{number}", performance=[performance])
+        told = asked(config)
+        fires = told[left, "tiny", "auc", "measured"] < told[right, "tiny", "auc", "measured"]
+        assert fires == performance.is_worse == (high == 0.88)
+
+
 def test_an_alert_for_drift_would_fire(config: ProjectConfig) -> None:
     """The expressions that compare one series with one number, evaluated on what is exposed."""
     decided(config, "r1", **FOUND)
-    put(exporter.read(exporter.stored_uris(config)[-1]).retraining, gated(("auc is low",)))
+    refusals.keep(exporter.read(exporter.stored_uris(config)[-1]).retraining, "gate", "auc is low")
     told = asked(config)
     groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
     simple = re.compile(r'(cvf_\w+)(?:\{\w+="([^"]*)"\})? == (\d)')

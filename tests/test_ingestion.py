@@ -651,7 +651,7 @@ class TestCaptures:
         labels = {f"id{i}": label for i, (_, label) in enumerate(new)}
         labels |= {"known": "normal", "broken": "normal", "odd": "tumour", "json": "opacity", "never captured": "normal"}
         captures.add_labels(config, labels)
-        after = ingest(path)
+        after = ingest(path, force=True)
         manifest = read_manifest(home / "run" / "ingest")
         captured = manifest[manifest["source"] == "capture"]
         assert after.captured == len(captured) == 41
@@ -673,12 +673,30 @@ class TestCaptures:
         same_people = list(studies(60, image_size=40, seed=3, labels=LABELS))
         self.capture(load(path), {f"id{i}": (sent(d), "application/dicom") for i, (d, _) in enumerate(same_people)})
         captures.add_labels(load(path), {f"id{i}": label for i, (_, label) in enumerate(same_people)})
-        ingest(path)
+        ingest(path, force=True)
         manifest = read_manifest(home / "run" / "ingest")
         captured = manifest[manifest["source"] == "capture"]
         assert len(captured) == 60
         expected = base.loc[captured["patient"]].replace("test", "recent")
         assert list(captured["split"]) == list(expected)
+
+    def test_a_run_keeps_to_what_was_captured_at_its_first_start(self, project: Project, home: Path) -> None:
+        path = project(
+            data={"source": {"kind": "phantoms", "patients": 60, "image_size": 48, "seed": 3}, "include_captures": True}
+        )
+        config = load(path)
+        self.capture(config, {"a": (png(noise(1)), "image/png"), "late": (png(noise(2)), "image/png")})
+        captures.add_labels(config, {"a": "normal"})
+        before = ingest(path)
+        file = next((home / "var" / "storage" / "tiny" / "captures").rglob("2.jsonl"))
+        self.capture(config, {"b": (png(noise(3)), "image/png")})  # a file of its own
+        file.write_text(file.read_text() + file.read_text().replace('"late"', '"c"'))  # and one that goes on
+        captures.add_labels(config, {"late": "normal", "b": "opacity", "c": "opacity"})
+        assert ingest(path) == before
+        (home / "run" / "ingest" / "result.json").unlink()  # killed before it was published
+        assert ingest(path) == before
+        assert before.captured == 1
+        assert ingest(path, "next").captured == ingest(path, force=True).captured == 3
 
     def test_captures_are_left_out_unless_asked_for(self, project: Project) -> None:
         path = project()

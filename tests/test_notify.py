@@ -24,6 +24,7 @@ import pytest
 
 from cv_factory_ops import notify
 from cv_factory_ops.config import Notification, ProjectConfig
+from cv_factory_ops.drift import report
 from cv_factory_ops.records import ApproveRecord, DecideRecord, PromoteRecord, Record, VerifyRecord
 from cv_factory_ops.stage import run_stage
 from tests.conftest import TINY
@@ -192,6 +193,12 @@ def test_slack_gets_one_text_with_its_three_escapes(web: Web, caplog: pytest.Log
     assert json.loads(body) == {"text": "*tiny: drift*\ndrift in &lt;score&gt; &amp; more\nfile:///runs/1"}
     assert warnings_of(caplog) == []
     assert SECRET not in caplog.text, "an address that is a secret is in no log"
+
+
+def test_words_from_headers_are_in_no_message() -> None:
+    drifted = {"score @ model_name=Mrs Smith": 1e-9, "score @ sex=F": 1e-8, "metadata_view=Smith": 1e-7, "kvp_missing": 1e-6}
+    assert report._first(drifted) == "score p=1e-09, metadata_view p=1e-07, kvp_missing p=1e-06"
+    assert report._first(dict.fromkeys("abcd", 0.001)).endswith("c p=0.001, ...")
 
 
 def test_a_webhook_is_signed_and_names_each_message(web: Web) -> None:

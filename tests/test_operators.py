@@ -23,8 +23,9 @@ import pytest
 
 from cv_factory_airflow import run_uri
 from cv_factory_ops import captures, storage
-from cv_factory_ops.config import load
+from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.records import Cursor, Reading
+from tests.conftest import TINY
 from tests.records import put
 from tests.test_decide import checked
 
@@ -32,7 +33,7 @@ RUN = SimpleNamespace(dag_id="tiny_training", run_id="manual__2026-01-01T00:00:0
 CONTEXT = {"dag_run": RUN}
 READING = Reading()
 SECRET = "very-secret-key"  # noqa: S105
-SLOW = '{"data.source.patients": 2000}'
+SLOW = '{"data.source.patients": 300}'
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,27 +131,27 @@ def test_a_run_directory_is_safe_and_unlike_any_other() -> None:
 def test_kill_stops_everything_that_the_stage_started(stage: Callable[..., Any]) -> None:
     from airflow.sdk.exceptions import AirflowException
 
-    operator = stage("Ingest", overrides=SLOW)
-    threading.Thread(target=_kill_when_running, args=(operator,), daemon=True).start()
+    operator, started = stage("Ingest", overrides=SLOW), list[psutil.Process]()
+    threading.Thread(target=_kill_when_reading, args=(operator, started), daemon=True).start()
     with pytest.raises(AirflowException, match="interrupted; a retry goes on"):
         operator.execute(CONTEXT)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(operator._process.pid, 0)
+    assert len(started) > 1
+    _until(lambda: not any(map(_lives, started)))
 
 
 def test_retry_after_kill_9_of_the_worker_joins_the_running_stage(
     stage: Callable[..., Any], home: Path, project: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    root, overrides = load(project()).root, '{"data.source.patients": 300}'
+    root = load(project()).root
     folder = Path(run_uri(root, RUN.dag_id, RUN.run_id).removeprefix("file://"))
-    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(project()), overrides], cwd=home)
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(project()), SLOW], cwd=home)
     _until(lambda: (folder / ".ingest.work").exists())
     left_alone = psutil.Process(worker.pid).children()[0]
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     assert left_alone.is_running()
 
-    record = stage("Ingest", overrides=overrides).execute(CONTEXT)
+    record = stage("Ingest", overrides=SLOW).execute(CONTEXT)
     log = "".join(capfd.readouterr())
     assert "already running for this run; waiting for it" in log
     assert "nothing has changed" in log
@@ -190,6 +191,7 @@ def test_count_agrees_with_what_the_library_reads(
     _capture(config.root, "v1/2026/01/01/09/a.jsonl", 4)
     _capture(config.root, "v1/2026/01/01/09/c.jsonl", 5, inference_id=f"{captures.PROBE}1")
     _capture(config.root, "v1/a.jsonl", 6)
+    _capture(config.root, "v1/2026/02/31/09/a.jsonl", 7)
 
     def counts(start: Reading, end: Reading | None = None) -> tuple[int, int]:
         read = [
@@ -241,6 +243,40 @@ def test_sensor_finds_the_window_as_the_stage_does(airflow_home: None, project: 
     newer = Cursor(run=other, start=end, end=end).model_dump_json().encode()
     storage.write_bytes(f"{config.root}/drift/cursor.json", newer)
     assert both(this) == (start, end), "a finished check keeps its window"
+
+
+def test_counting_lists_nothing_before_the_floor_and_sees_new_files(
+    airflow_home: None, project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cv_factory_airflow.sensors import CaptureLog
+
+    config, listed = load(project()), list[str]()
+    for day in range(1, 29):
+        _capture(config.root, f"v/2026/01/{day:02d}/00/a.jsonl", 1)
+    log = CaptureLog(f"{config.root}/captures/tiny", Reading(floor="2026/01/28/00"))
+    files = type(log.folder.fs)
+    ls = files.ls
+
+    def noted(files: object, path: str, **kwargs: Any) -> Any:
+        listed.append(path.rsplit("/", 1)[1])
+        return ls(files, path, **kwargs)
+
+    monkeypatch.setattr(files, "ls", noted)
+    assert log.count() == 1
+    assert listed == ["tiny", "v", "2026", "01", "28", "00"]
+    _capture(config.root, "v/2026/01/28/07/a.jsonl", 4)
+    assert log.count() == 5
+
+
+def test_a_broken_cursor_is_one_line(airflow_home: None, project: Callable[..., Path]) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+
+    from cv_factory_airflow.sensors import check_window
+
+    root = load(project()).root
+    storage.write_bytes(f"{root}/drift/cursor.json", b"{}")
+    with pytest.raises(AirflowFailException, match=r"drift/cursor\.json: is not a cursor; expected the fields"):
+        check_window(root, f"{root}/runs/this")
 
 
 def test_sensor_does_not_wait_for_a_full_window(operators: ModuleType, project: Callable[..., Path]) -> None:
@@ -300,10 +336,19 @@ def test_trigger_fires_when_the_window_fills(airflow_home: None, project: Callab
 def test_captures_on_s3_are_counted(airflow_home: None, bucket: str) -> None:
     import boto3
 
+    from cv_factory_airflow.sensors import CaptureLog
+
     client = boto3.client("s3")
     client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/00/a.jsonl", Body=b"{}\n{}\n{}\n")
     client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/00/b.jsonl", Body=b"{}\n")
     assert _event(_trigger(f"s3://{bucket}/p/captures/e", window=4)) == {"requests": 4}
+    log = CaptureLog(f"s3://{bucket}/p/captures/e", Reading())
+    assert log.count() == 4
+    client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/01/c.jsonl", Body=b"{}\n")
+    client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/00/b.jsonl", Body=b"{}\n{}\n")
+    assert log.count() == 6, "a new file, and one that has grown"
+    client.delete_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/01/c.jsonl")
+    client.put_object(Bucket=bucket, Key="p/captures/e/v/2026/01/01/00/b.jsonl", Body=b"{}\n")
     read = Reading(read={"2026/01/01/00/v/a.jsonl": 3})
     assert _event(_trigger(f"s3://{bucket}/p/captures/e", window=3, start=read)) == {"requests": 3}
 
@@ -325,6 +370,21 @@ def test_a_reason_of_the_trigger_form_is_a_decision_that_the_page_explains(
     assert f"run <code>tiny_retraining.{record['retraining']}</code>" in newest
     assert "<td>drift<td>keep the model: labels<td>" in oldest
     assert "<b>labels</b> does not allow: only 0 labelled studies have arrived so far; at least 20 are needed" in oldest
+
+
+def test_the_page_reads_the_last_decisions_only_and_survives_a_broken_one(airflow_home: None, home: Path) -> None:
+    from cv_factory_airflow import pages
+
+    config = ProjectConfig.model_validate(TINY)
+    for minute in range(pages.DECISIONS_SHOWN + 5):
+        content = {"time": f"2026-03-01T00:{minute:02d}:00Z", "reason": f"reason {minute}", "considered": [], "run": "r"}
+        uri = f"{config.root}/decisions/20260301T00{minute:02d}00000000-r.json"
+        storage.write_bytes(uri, b"{" if minute == 0 else json.dumps(content).encode())
+    for minute, broken in ((22, b"[]"), (23, b'{"considered": [{"asks": true}]}'), (24, b"no JSON")):
+        storage.write_bytes(f"{config.root}/decisions/20260301T00{minute:02d}00000000-r.json", broken)
+    page = pages._section(config)
+    assert page.count("-r.json is not a decision") == 3
+    assert [f"reason {minute}<" in page for minute in (4, 5, 21)] == [False, True, True]
 
 
 def test_pages_need_a_login(airflow_home: None) -> None:
@@ -402,10 +462,19 @@ def _event(trigger: Any) -> dict[str, int]:
     return asyncio.run(first())
 
 
-def _kill_when_running(operator: Any) -> None:
-    _until(lambda: operator._process is not None)
-    time.sleep(0.5)
+def _kill_when_reading(operator: Any, started: list[psutil.Process]) -> None:
+    """Once the stage has processes of its own; ``started`` is told it and them."""
+    _until(lambda: operator._process is not None and bool(psutil.Process(operator._process.pid).children()))
+    process = psutil.Process(operator._process.pid)
+    started += [process, *process.children(recursive=True)]
     operator.on_kill()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _until(condition: Callable[[], bool], seconds: float = 60) -> None:

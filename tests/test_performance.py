@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 from cv_factory_ops.bundle import BundleManifest
@@ -52,12 +53,28 @@ def test_measured_is_what_scikit_learn_says() -> None:
 
 
 def test_one_class_alone_has_no_auc_and_more_than_two_have_an_accuracy() -> None:
-    scores = np.array([0.1, 0.2, 0.9])
-    found = by_metric(measured(np.zeros(3, np.int64), np.stack([1 - scores, scores], 1), manifest(), {}))
+    scores = np.tile([0.1, 0.2, 0.9], 4)
+    found = by_metric(measured(np.zeros(12, np.int64), np.stack([1 - scores, scores], 1), manifest(), {}))
     assert set(found) == {"accuracy", "specificity"}
-    three = np.eye(3)[[0, 1, 2, 2]] * 0.8 + 0.1
-    (accuracy,) = measured(np.array([0, 1, 2, 0]), three, manifest(3), {})
+    three = np.eye(3)[np.tile([0, 1, 2, 2], 3)] * 0.8 + 0.1
+    (accuracy,) = measured(np.tile([0, 1, 2, 0], 3), three, manifest(3), {})
     assert (accuracy.metric, accuracy.value) == ("accuracy", 0.75)
+
+
+@pytest.mark.parametrize(
+    ("negatives", "positives", "known"),
+    [
+        (9, 0, set()),
+        (1, 1, set()),
+        (10, 1, {"accuracy", "specificity"}),
+        (9, 10, {"accuracy", "sensitivity"}),
+        (10, 10, {"accuracy", "sensitivity", "specificity", "auc"}),
+    ],
+)
+def test_what_rests_on_few_labels_is_not_known(negatives: int, positives: int, known: set[str]) -> None:
+    labels = np.repeat([0, 1], [negatives, positives])
+    scores = np.where(labels, 0.1, 0.9)
+    assert set(by_metric(measured(labels, np.stack([1 - scores, scores], 1), manifest(), {}))) == known
 
 
 def test_estimates_are_the_mean_of_what_simulated_labels_show() -> None:
@@ -118,3 +135,22 @@ def test_intervals_are_those_of_the_literature() -> None:
     # Hanley & McNeil 1982, p. 33: area 0.893, 51 abnormal and 58 normal, standard error 0.032
     low, high = auc_interval(0.893, 51, 58)
     assert (high - low) / 2 / 1.96 == pytest.approx(0.032, abs=1e-3)
+
+
+@pytest.mark.parametrize(("positives", "negatives", "distance"), [(10, 10, 0.0), (10, 10, 3.0), (300, 10, 1.0), (10, 300, 2.0)])
+def test_the_interval_of_an_auc_holds_the_true_one_also_of_few_labels(positives: int, negatives: int, distance: float) -> None:
+    """Scores are normal, so the area is known: that of the distance over the square root of 2."""
+    rng, true, inside = np.random.default_rng(4), norm.cdf(distance / np.sqrt(2)), []
+    labels = np.repeat([1, 0], [positives, negatives])
+    for _ in range(400):
+        area = roc_auc_score(labels, rng.normal(distance * labels))
+        low, high = auc_interval(float(area), positives, negatives)
+        inside.append(low <= true <= high)
+    assert np.mean(inside) >= 0.92
+
+
+def test_no_auc_is_certain() -> None:
+    for value in (0.0, 1.0):
+        low, high = auc_interval(value, 10, 10)
+        assert high - low == pytest.approx(0.2, abs=0.01)
+        assert low <= value <= high

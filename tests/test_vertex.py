@@ -9,6 +9,7 @@ import base64
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,8 @@ class VertexAi(HttpsServer):
 
         def finish() -> dict[str, Any]:
             for part, (code, message) in self.failing.items():
-                if part in deployed["displayName"]:
-                    return {"error": {"code": code, "message": message}}
+                if part in deployed["displayName"]:  # JSON of a message is without what is empty
+                    return {"error": {"code": code} | ({"message": message} if message else {})}
             self.endpoints[name]["deployedModels"].append(deployed)
             return _done({"deployedModel": deployed}, "DeployModelResponse")
 
@@ -190,6 +191,8 @@ class VertexAi(HttpsServer):
         endpoint, number = self.endpoints[name], given["deployedModelId"]
         if endpoint["trafficSplit"].get(number):
             return _error(400, "INVALID_ARGUMENT", "The deployed model still has traffic.")
+        if self._busy(name):
+            return _error(400, "FAILED_PRECONDITION", "There is another operation in progress on the endpoint.")
 
         def finish() -> dict[str, Any]:
             endpoint["deployedModels"] = [model for model in endpoint["deployedModels"] if model["id"] != number]
@@ -363,28 +366,122 @@ def test_a_failed_operation_puts_the_old_one_back_and_is_named(
     with pytest.raises(Unavailable, match="quotas are exceeded"):
         deploy(config, runs[1])
     vertex.failing.clear()
+    vertex.failing[pair[1].digest[:12]] = (13, "")
+    with pytest.raises(DataError, match="Vertex AI says: no reason"):
+        deploy(config, runs[1])
+    vertex.failing.clear()
     assert deploy(config, runs[1]).previous_config_name == record.endpoint_config_name
+
+
+def test_another_operation_of_the_endpoint_is_no_failure(vertex: VertexAi, configured: Project, runs: list[str]) -> None:
+    first = deploy(configured(), runs[0]).endpoint_config_name
+    busy = _error(400, "FAILED_PRECONDITION", "There are other operations running on the Endpoint.")
+    vertex.refused = {":undeployModel": [busy]}
+    with pytest.raises(Unavailable, match=r"Vertex AI is busy: .*other operations running"):
+        deploy(configured(), runs[1])
+    assert sorted(vertex.serving().values()) == [0, 100], "nothing is taken back"
+    assert vertex.serving()[first] == 0
+    record = deploy(configured(), runs[1])
+    assert (vertex.serving(), record.previous_config_name) == ({record.endpoint_config_name: 100}, first)
+
+
+def test_a_deployment_that_somebody_removes_meanwhile(
+    vertex: VertexAi, configured: Project, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = deploy(configured(), runs[0]).endpoint_config_name
+    finish = vertex._operation
+
+    def removed(resource: str, number: str | None) -> Answer:
+        answer = finish(resource, number)
+        if len(vertex.serving()) == 2:
+            vertex.endpoints[ENDPOINT]["deployedModels"].pop()
+        return answer
+
+    monkeypatch.setattr(vertex, "_operation", removed)
+    with pytest.raises(DataError, match=rf"it went back to {first}: deployment tiny-.* is gone"):
+        deploy(configured(), runs[1])
+    assert vertex.serving() == {first: 100}
 
 
 def test_traffic_taken_away_takes_the_rollout_back(
     vertex: VertexAi, configured: Project, runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What somebody who watches, or an alert, does."""
+    """What somebody who watches, or an alert, does; at a time when ``deploy.timeout`` is over."""
     monkeypatch.setattr("cv_factory_ops.deploy.shifting.WATCH_SECONDS", 0.2)
     first = deploy(configured(), runs[0])
-    update = vertex._update
+    update, clock = vertex._update, time.monotonic
 
     def alert(name: str, query: dict[str, str], given: dict[str, Any]) -> Answer:
         answer = update(name, query, given)
         if 10 in given.get("trafficSplit", {}).values():
             endpoint = vertex.endpoints[name]
             endpoint["trafficSplit"] = {endpoint["deployedModels"][0]["id"]: 100}
+            monkeypatch.setattr(time, "monotonic", lambda: clock() + 3600)
         return answer
 
     vertex._update = alert  # type: ignore[method-assign]
     with pytest.raises(DataError, match=r"it went back to .*: its traffic was taken away: 0 percent instead of 10"):
         deploy(configured(rollout=CANARY | {"wait_seconds": 20}), runs[1])
     assert vertex.serving() == {first.endpoint_config_name: 100}
+
+
+def test_traffic_taken_away_while_the_stage_is_dead_takes_the_rollout_back(
+    vertex: VertexAi, configured: Project, runs: list[str]
+) -> None:
+    config = configured(rollout=CANARY)
+    first = deploy(config, runs[0]).endpoint_config_name
+    assert is_killed(lambda: run_stage("deploy", config, runs[1]), 4, _is_change), "right after the canary has its share"
+    assert vertex.serving()[first] == 90
+    endpoint = vertex.endpoints[ENDPOINT]
+    endpoint["trafficSplit"] = {endpoint["deployedModels"][0]["id"]: 100}
+    for _ in ("traffic", "deployment"):
+        assert is_killed(lambda: run_stage("deploy", config, runs[1]), 1, _is_change), "while it takes back"
+    with pytest.raises(DataError, match=rf"it went back to {first}: its traffic was taken away: 0 percent instead of 10"):
+        deploy(config, runs[1])
+    assert vertex.serving() == {first: 100}
+    assert {10, 100}.isdisjoint({share for shift in vertex.shifts[2:] for name, share in shift.items() if name != first})
+    assert deploy(config, runs[1]).previous_config_name == first, "asked for again, it begins anew"
+
+
+def test_a_kill_does_not_end_the_bake(
+    vertex: VertexAi, configured: Project, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cv_factory_ops.deploy.shifting.WATCH_SECONDS", 0.2)
+    first, config = deploy(configured(), runs[0]).endpoint_config_name, configured(rollout=CANARY | {"bake_seconds": 20})
+    assert is_killed(lambda: run_stage("deploy", config, runs[1]), 5, _is_change), "right after it has all of the traffic"
+    assert (vertex.serving()[first], len(vertex.serving())) == (0, 2)
+    looked, answer = 0, vertex.answer
+
+    def alert(method: str, path: str, *rest: Any) -> Answer:
+        nonlocal looked
+        looked += path == f"/v1/{ENDPOINT}"
+        if looked == 3:  # the first of the watch
+            endpoint = vertex.endpoints[ENDPOINT]
+            endpoint["trafficSplit"] = {endpoint["deployedModels"][0]["id"]: 100}
+        return answer(method, path, *rest)
+
+    monkeypatch.setattr(vertex, "answer", alert)
+    with pytest.raises(DataError, match=rf"it went back to {first}: its traffic was taken away: 0 percent instead of 100"):
+        deploy(config, runs[1])
+    assert vertex.serving() == {first: 100}
+
+
+def test_labels_and_logging_reach_an_endpoint_that_is_there(
+    vertex: VertexAi, configured: Project, runs: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    deploy(configured(labels={"team": "radiology"}, capture_percent=0), runs[0])
+    vertex.endpoints[ENDPOINT]["labels"]["of"] = "others"
+    logged = configured(labels={"team": "oncology"}, log_table="bq://lab.logs.requests", capture_percent=25)
+    deploy(logged, runs[0], force=True)
+    endpoint = vertex.endpoints[ENDPOINT]
+    assert (endpoint["labels"]["team"], endpoint["labels"]["of"]) == ("oncology", "others")
+    assert endpoint["predictRequestResponseLoggingConfig"]["samplingRate"] == 0.25
+    changes = vertex.asked.count(("PATCH", f"/v1/{ENDPOINT}"))
+    deploy(logged, runs[0], force=True)
+    assert vertex.asked.count(("PATCH", f"/v1/{ENDPOINT}")) == changes, "it has all of that already"
+    vertex.refused = {"PATCH": [_error(400, "INVALID_ARGUMENT", "Update mask is not supported.")]}
+    deploy(configured(labels={"team": "oncology"}, capture_percent=0), runs[0], force=True)
+    assert "requests are logged as before" in caplog.text
 
 
 def test_throttling_is_waited_out_or_tried_again(vertex: VertexAi, configured: Project, runs: list[str]) -> None:
@@ -425,6 +522,34 @@ def test_a_model_that_refuses_does_not_stay(
     assert vertex.serving() == {first.endpoint_config_name: 100}
 
 
+def test_a_kill_while_it_is_put_back_leaves_nothing_behind(
+    vertex: VertexAi, configured: Project, runs: list[str], pair: tuple[Bundle, Bundle]
+) -> None:
+    config = configured()
+    first = deploy(config, runs[0]).endpoint_config_name
+    second = deploy(config, runs[1]).endpoint_config_name
+    vertex.refusing[pair[1].digest[:12]] = (500, "no weights")
+    assert is_killed(lambda: verify(config, runs[1]), 4, _is_change), "a request, labels, deployment, traffic"
+    assert vertex.serving() == {first: 100, second: 0}
+    labels = vertex.endpoints[ENDPOINT]["labels"]
+    labels["endpoint-config"] = "tiny-next"
+    with pytest.raises(DataError, match=r"silent rollback: .*it was put back: .*no weights"):
+        verify(config, runs[1])
+    assert second in vertex.serving(), "what another rollout has brought is its own"
+    labels["endpoint-config"] = first
+    with pytest.raises(DataError, match=r"silent rollback: .*it was put back: .*no weights"):
+        verify(config, runs[1])
+    assert vertex.serving() == {first: 100}
+
+
+def test_a_model_that_was_deleted_cannot_be_put_back(vertex: VertexAi, configured: Project, runs: list[str]) -> None:
+    first, second = (deploy(configured(), run).endpoint_config_name for run in runs)
+    del vertex.models[f"{PARENT}/models/{first}"]
+    with pytest.raises(DataError, match=rf"it went back to {second}: model {first} is gone"):
+        open_deployer(configured()).put_back(first)
+    assert vertex.serving() == {second: 100}
+
+
 def test_what_is_missing_is_told(
     vertex: VertexAi, configured: Project, runs: list[str], monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
@@ -458,3 +583,15 @@ def test_the_container_finds_the_bundle_in_cloud_storage(
     [model] = vertex.models.values()
     monkeypatch.setenv("AIP_STORAGE_URI", model["artifactUri"])
     assert Bundle.load(bundle_folder()).digest == pair[0].digest
+    vertex.objects[f"cvf/{pair[0].digest}/"] = b""  # what a console leaves as a folder
+    assert Bundle.load(bundle_folder()).digest == pair[0].digest
+    vertex.refused = {"/storage/v1/b/bundles/o": [_error(403, "PERMISSION_DENIED", "cvf@lab.iam may not storage.objects.list")]}
+    with pytest.raises(ConfigError, match=r"gs://bundles/cvf/.*: may not be read: .*storage\.objects\.list"):
+        bundle_folder()
+    not_repeated = _error(501, "UNIMPLEMENTED", "Not now")
+    vertex.refused = {"/storage/v1/b/bundles/o": [not_repeated]}
+    with pytest.raises(Unavailable, match=r"gs://bundles/cvf/.*: cannot be read for now: .*Not now"):
+        bundle_folder()
+    monkeypatch.setenv("AIP_STORAGE_URI", "gs://bundles/nothing")
+    with pytest.raises(DataError, match=r"gs://bundles/nothing: holds no bundle\.json"):
+        bundle_folder()

@@ -39,9 +39,12 @@ SCORING_SCOPE = "https://ml.azure.com/.default"
 ELSEWHERE = {"rollout", "golden", "timeout", "tags", "api"}
 """Settings that are not of a deployment."""
 IN_PROGRESS = {"Creating", "Updating", "Scaling", "Deleting"}
+FAILED = {"Failed", "Canceled"}
 PASSING = {"OutOfCapacity", "OutOfQuota", "InternalServerError"}
 """Error codes of an operation that another try may do."""
 INVOKE_SECONDS = 60
+ASK_SECONDS = 60
+"""Of a request to the manager, with all its repetitions."""
 MODEL_STATUS = "ms-azureml-model-error-statuscode"
 """Header of an answer 424: what the container answered."""
 
@@ -74,25 +77,27 @@ class AzureEndpoint:
         if endpoint is None:
             return None
         states = {item["name"]: item["properties"]["provisioningState"] for item in self._deployments()}
-        changing = {endpoint["properties"]["provisioningState"], *states.values()} & IN_PROGRESS
-        traffic = endpoint["properties"].get("traffic") or {}
-        shares = {name: traffic.get(name, 0) for name, state in states.items() if state == "Succeeded"}
-        return Seen(shares, min(changing, default=""), endpoint.get("tags") or {})
+        own, traffic = endpoint["properties"]["provisioningState"], endpoint["properties"].get("traffic") or {}
+        if own in FAILED and not states:
+            return None
+        changing = {own, *states.values()} & IN_PROGRESS
+        # A deployment serves on where only a later change of it has failed.
+        shares = {name: traffic.get(name, 0) for name, state in states.items() if state == "Succeeded" or traffic.get(name)}
+        return Seen(shares, set(states) - set(shares), min(changing, default=""), endpoint.get("tags") or {})
 
     def create(self, tags: Mapping[str, str], deadline: float) -> None:
-        access = "Enabled" if self._settings.public_access else "Disabled"
+        if self._get(self._endpoint):  # its creation has failed
+            self._change("DELETE", self._endpoint, None, deadline)
         body = {
             "location": self._settings.location,
             "identity": {"type": "SystemAssigned"},
             "tags": self._tags(tags),
-            "properties": {"authMode": "AADToken", "publicNetworkAccess": access},
+            "properties": {"authMode": "AADToken", "publicNetworkAccess": self._access},
         }
         self._change("PUT", self._endpoint, body, deadline)
 
     def tag(self, tags: Mapping[str, str], deadline: float) -> None:
-        endpoint = self._described()
-        endpoint["tags"] = self._tags({**(endpoint.get("tags") or {}), **tags})
-        self._change("PUT", self._endpoint, endpoint, deadline)
+        self._update({}, tags, deadline)
 
     def upload(self, name: str, release: Release, deadline: float) -> None:
         if self._get(self._asset("models", name)) is None:
@@ -111,6 +116,8 @@ class AzureEndpoint:
         settings, path = self._settings, f"{self._endpoint}/deployments/{name}"
         if self._get(path):  # it has failed, and can only be deleted
             self.remove(name, deadline)
+        if self._get(self._asset("models", name)) is None:
+            raise DataError(f"model version {name} is gone")
         limits = {"requestTimeout": f"PT{INVOKE_SECONDS}S", "maxConcurrentRequestsPerInstance": settings.concurrent}
         properties = {
             "endpointComputeType": "Managed",
@@ -134,13 +141,13 @@ class AzureEndpoint:
     def remove(self, name: str, deadline: float) -> None:
         self._change("DELETE", f"{self._endpoint}/deployments/{name}", None, deadline)
 
-    def split(self, shares: Mapping[str, int], deadline: float) -> None:
-        endpoint = self._described()
-        endpoint["properties"]["traffic"] = dict(shares)
-        self._change("PUT", self._endpoint, endpoint, deadline)
+    def split(self, shares: Mapping[str, int], tags: Mapping[str, str], deadline: float) -> None:
+        self._update({"traffic": dict(shares)}, tags, deadline)
 
     def invoke(self, body: bytes, content_type: str) -> bytes:
-        uri = self._described()["properties"]["scoringUri"]
+        uri = self._described()["properties"].get("scoringUri")
+        if not uri:
+            raise Unavailable(f"{self._subject}: has no address yet")
         headers = {"content-type": content_type}
         answer = self._scoring.send_request(
             HttpRequest("POST", uri, content=body, headers=headers), read_timeout=INVOKE_SECONDS
@@ -156,15 +163,16 @@ class AzureEndpoint:
 
     @functools.cached_property
     def _manager(self) -> Any:
-        return self._client(self._settings.api, f"{self._settings.api}/.default")
+        return self._client(self._settings.api, f"{self._settings.api}/.default", 3, ASK_SECONDS)
 
     @functools.cached_property
     def _scoring(self) -> Any:
-        return self._client("", SCORING_SCOPE)
+        return self._client("", SCORING_SCOPE, 1, INVOKE_SECONDS)  # who asks knows what to do where it is busy
 
-    def _client(self, url: str, scope: str) -> Any:
-        policies = [RetryPolicy(retry_mode="exponential"), BearerTokenCredentialPolicy(self._credential, scope)]
-        return PipelineClient(url, policies=policies)
+    def _client(self, url: str, scope: str, tries: int, seconds: int) -> Any:
+        """Of so many repetitions of a request, within so many seconds together."""
+        again = RetryPolicy(retry_total=tries, retry_backoff_max=10, timeout=seconds)
+        return PipelineClient(url, policies=[again, BearerTokenCredentialPolicy(self._credential, scope)])
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         """The HTTP answer; None where there is no such resource."""
@@ -186,6 +194,18 @@ class AzureEndpoint:
             raise Unavailable(f"{self._subject}: is missing")
         return found
 
+    @property
+    def _access(self) -> str:
+        return "Enabled" if self._settings.public_access else "Disabled"
+
+    def _update(self, properties: Mapping[str, Any], tags: Mapping[str, str], deadline: float) -> None:
+        """The endpoint with other properties and tags; nothing is asked for where it has them."""
+        found = self._described()
+        properties = {**found["properties"], "publicNetworkAccess": self._access, **properties}
+        wanted = {**found, "properties": properties, "tags": {**(found.get("tags") or {}), **self._tags(tags)}}
+        if wanted != found:
+            self._change("PUT", self._endpoint, wanted, deadline)
+
     def _deployments(self) -> Iterator[dict[str, Any]]:
         page = self._get(f"{self._endpoint}/deployments")
         while page:
@@ -202,14 +222,26 @@ class AzureEndpoint:
         answer = self._ask(method, path, body)
         if answer is None and method != "DELETE":
             raise ConfigError(f"{self._subject}: {path.rpartition('/')[0]} is not there")
-        operation = answer.headers.get("azure-asyncoperation") if answer else None
-        if operation is None:
+        if answer is None:
             return
-        done = settled(lambda: self._get(operation) or {}, _in_progress, self._subject, deadline)
+        place = answer.headers.get("azure-asyncoperation")
+        if place is None and answer.status_code == 202:  # a deletion
+            place = answer.headers["location"]
+        if place is None:
+            return
+        done = settled(lambda: self._progress(place), _in_progress, self._subject, deadline)
         if done.get("status") != "Succeeded":
             error = done.get("error") or {}
             problem: type[CvFactoryError] = Unavailable if error.get("code") in PASSING else DataError
             raise problem(f"Azure says: {error.get('code', done.get('status'))}: {' '.join(str(error.get('message')).split())}")
+
+    def _progress(self, place: str) -> Mapping[str, Any]:
+        """Of an operation: its own words, or, for a deletion, which has none, what the HTTP status says."""
+        answer = self._ask("GET", place)
+        if answer is None or answer.status_code == 202:
+            return {"status": "InProgress"}
+        found = answer.json() if answer.content else {}
+        return found if "status" in found else {"status": "Succeeded"}
 
     def _copy(self, release: Release) -> str:
         """The bundle's files to the workspace's blob storage; returns their folder, as Azure ML names it."""

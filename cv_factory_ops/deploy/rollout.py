@@ -86,7 +86,7 @@ class Deployer(Protocol):
         """
 
     def put_back(self, config_name: str) -> None:
-        """Serve an earlier config again, at once, and wait until it does.
+        """Serve an earlier config again, at once, and wait until it does; where it does already, only clear away what is left.
 
         Raises:
             DataError: it cannot be served any more.

@@ -35,7 +35,7 @@ from cv_factory_ops.config import (
     home,
 )
 from cv_factory_ops.deploy import shapes
-from cv_factory_ops.deploy.rollout import BEFORE, SERVES, Busy, Release, RolledOut, Serving, settled
+from cv_factory_ops.deploy.rollout import BEFORE, IN_SERVICE, SERVES, Busy, Release, RolledOut, Serving, settled
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable
 
 log = logging.getLogger("cvf")
@@ -95,6 +95,9 @@ class SageMaker:
                 storage.delete_tree(location)
 
     def put_back(self, config_name: str) -> None:
+        served = self.serving()
+        if served and (served.status, served.config_name) == (IN_SERVICE, config_name):
+            return
         log.warning("deploy: endpoint %s goes back to %s", self._name, config_name)
         with self._explained() as aws:
             client, deadline = aws.client("sagemaker"), time.monotonic() + self._config.deploy.timeout

@@ -4,7 +4,8 @@ The new deployment comes beside the old one without traffic, is given its share 
 goes when the new one has kept all of the traffic for ``bake_seconds``. Whoever watches takes a rollout back by taking the new
 deployment's traffic away, by hand or from an alert: the stage finds that, brings the old traffic back, and fails.
 
-All that a retry has to know lies at the endpoint: deployments, their traffic, and two tags that are written first.
+All that a retry has to know lies at the endpoint: deployments, their traffic, and three tags: the two that are written first,
+and the share last given, which is written with the traffic in one change.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavai
 
 log = logging.getLogger("cvf")
 
+GIVEN = "given-share"
+"""Tag of an endpoint: percent of the traffic that the rollout has last given; where less is found, somebody took it away."""
 WATCH_SECONDS = 5.0
 """How often a rollout that waits looks whether its traffic is still there."""
 TO_HIDE = 300
@@ -33,6 +36,8 @@ class Seen(NamedTuple):
 
     shares: dict[str, int]
     """Percent of the traffic, by deployment, of those that can serve."""
+    broken: set[str]
+    """Deployments that cannot, and are only there to be removed."""
     in_progress: str
     """The service's word for what is being changed; empty where nothing is."""
     tags: dict[str, str]
@@ -52,24 +57,29 @@ class SplittingEndpoint(Protocol):
         """Name of the deployment of a bundle by the settings of now; other settings are another deployment."""
 
     def look(self) -> Seen | None:
-        """The endpoint; None where there is none."""
+        """The endpoint; None where there is none, or one whose creation has failed."""
 
-    def create(self, tags: Mapping[str, str], deadline: float) -> None: ...
+    def create(self, tags: Mapping[str, str], deadline: float) -> None:
+        """Make the endpoint, in place of one whose creation has failed."""
 
     def tag(self, tags: Mapping[str, str], deadline: float) -> None:
-        """Write these tags, keep others."""
+        """Write these tags and the project's settings of an endpoint, keep other tags; nothing is changed where all is so."""
 
     def upload(self, name: str, release: Release, deadline: float) -> None:
         """Have the service know the model that the deployment of that name serves, where it does not yet."""
 
     def add(self, name: str, deadline: float) -> None:
-        """Deploy the model of that name, without traffic."""
+        """Deploy the model of that name, without traffic.
+
+        Raises:
+            DataError: also where the service does not have the model any more.
+        """
 
     def remove(self, name: str, deadline: float) -> None:
         """Remove a deployment that has no traffic; none there is fine."""
 
-    def split(self, shares: Mapping[str, int], deadline: float) -> None:
-        """Percent of the traffic, by deployment, of 100 together; others get none."""
+    def split(self, shares: Mapping[str, int], tags: Mapping[str, str], deadline: float) -> None:
+        """Percent of the traffic, by deployment, of 100 together, and tags, in one change; others get no traffic."""
 
     def invoke(self, body: bytes, content_type: str) -> bytes: ...
 
@@ -101,6 +111,10 @@ class ShiftingDeployer:
             return self._endpoint.invoke(body, content_type)
 
     def put_back(self, config_name: str) -> None:
+        with self._endpoint.explained():
+            seen = self._endpoint.look()
+        if seen and seen.shares.get(config_name) == 100 and seen.tags.get(SERVES) != config_name:
+            return  # and another rollout has begun
         log.warning("deploy: endpoint %s goes back to %s", self._name, config_name)
         self._bring(config_name, AllAtOnceRollout(), self._deadline())
 
@@ -110,35 +124,44 @@ class ShiftingDeployer:
     def _bring(self, name: str, rollout: Rollout, deadline: float) -> str | None:
         """Have the deployment of that name serve; returns the one that served before."""
         with self._endpoint.explained():
-            shares, previous = self._begin(name, deadline)
-        old = _carrying(shares, name)
+            seen = self._begin(name, deadline)
+        previous = seen.tags[BEFORE] or None
+        old = _carrying(seen.shares, name) or (previous if previous in seen.shares else None)
         try:
             with self._endpoint.explained():
-                if name not in shares:
-                    log.info("deploy: endpoint %s gets %s beside %s", self._name, name, old or "nothing")
-                    self._endpoint.add(name, deadline)
-                self._shift(name, old, shares.get(name, 0), rollout, deadline)
-                for other in sorted(set(shares) - {name}):
-                    self._endpoint.remove(other, deadline)
+                self._replace(name, old, seen, rollout, deadline)
         except Unavailable:
             raise
         except CvFactoryError as error:
-            outcome = self._take_back(name, old, deadline)
+            outcome = self._take_back(name, old)
             raise type(error)(f"endpoint {self._name}: the rollout of {name} failed, {outcome}: {error}") from None
         return previous
 
-    def _begin(self, name: str, deadline: float) -> tuple[dict[str, int], str | None]:
-        """Shares of what is there, once nothing is in progress, and what served before; names are left at the endpoint."""
+    def _begin(self, name: str, deadline: float) -> Seen:
+        """What is there, once nothing is in progress; its tags are the rollout's, which are left at the endpoint."""
         seen = self._settled(deadline)
         if seen is None:
             log.info("deploy: creating endpoint %s", self._name)
-            self._endpoint.create({SERVES: name, BEFORE: ""}, deadline)
-            return {}, None
-        if seen.tags.get(SERVES) == name:
-            return seen.shares, seen.tags.get(BEFORE) or None
-        previous = _carrying(seen.shares, name)
-        self._endpoint.tag({SERVES: name, BEFORE: previous or ""}, deadline)
-        return seen.shares, previous
+            tags = {SERVES: name, BEFORE: "", GIVEN: "0"}
+            self._endpoint.create(tags, deadline)
+            return Seen({}, set(), "", tags)
+        tags = {SERVES: name, BEFORE: _carrying(seen.shares, name) or "", GIVEN: str(seen.shares.get(name, 0))}
+        if seen.tags.get(SERVES) == name:  # of an earlier try
+            tags = {tag: seen.tags.get(tag, value) for tag, value in tags.items()}
+        self._endpoint.tag(tags, deadline)
+        return seen._replace(tags=tags)
+
+    def _replace(self, name: str, old: str | None, seen: Seen, rollout: Rollout, deadline: float) -> None:
+        """Deploy it where it is not yet, give it the traffic, remove all others."""
+        share, given = seen.shares.get(name, 0), int(seen.tags[GIVEN])
+        if old and share < given:  # while nobody watched
+            raise _taken_away(share, given)
+        if name not in seen.shares:
+            log.info("deploy: endpoint %s gets %s beside %s", self._name, name, old or "nothing")
+            self._endpoint.add(name, deadline)
+        self._shift(name, old, share, rollout, deadline)
+        for other in sorted({*seen.shares, *seen.broken} - {name}):
+            self._endpoint.remove(other, deadline)
 
     def _shift(self, name: str, old: str | None, share: int, rollout: Rollout, deadline: float) -> None:
         """From the share that it has already, to all."""
@@ -147,7 +170,8 @@ class ShiftingDeployer:
                 continue
             if step > share:
                 log.info("deploy: endpoint %s gives %s %d percent of the traffic", self._name, name, step)
-                self._endpoint.split({name: step, **({old: 100 - step} if old and step < 100 else {})}, deadline)
+                shares = {name: step, **({old: 100 - step} if old and step < 100 else {})}
+                self._endpoint.split(shares, {GIVEN: str(step)}, deadline)
             if old:
                 self._watch(name, step, rollout.bake_seconds if step == 100 else _pause(rollout), deadline)
 
@@ -161,15 +185,18 @@ class ShiftingDeployer:
             time.sleep(min(left, WATCH_SECONDS))
             seen = self._settled(deadline)
             if seen is None or (found := seen.shares.get(name, 0)) < share:
-                raise DataError(f"its traffic was taken away: {found if seen else 0} percent instead of {share}")
+                raise _taken_away(found if seen else 0, share)
 
-    def _take_back(self, name: str, old: str | None, deadline: float) -> str:
-        """The old traffic again, without the new deployment; says what came of it."""
+    def _take_back(self, name: str, old: str | None) -> str:
+        """The old traffic again, without the new deployment, within a time of its own; says what came of it."""
+        deadline = self._deadline()
         try:
             with self._endpoint.explained():
+                self._settled(deadline)
                 if old:
-                    self._endpoint.split({old: 100}, deadline)
+                    self._endpoint.split({old: 100}, {}, deadline)
                 self._endpoint.remove(name, deadline)
+                self._endpoint.tag({GIVEN: "0"}, deadline)  # only now: a retry after a kill takes it back, too
         except CvFactoryError as error:
             return f"and it could not be taken back ({error})"
         return f"it went back to {old}" if old else "nothing serves"
@@ -209,6 +236,10 @@ def _carrying(shares: Mapping[str, int], besides: str = "") -> str | None:
     """The deployment that has the most traffic; None where none has any."""
     others = {name: share for name, share in shares.items() if name != besides and share}
     return max(others, key=lambda name: others[name]) if others else None
+
+
+def _taken_away(found: int, given: int) -> DataError:
+    return DataError(f"its traffic was taken away: {found} percent instead of {given}")
 
 
 def _pause(rollout: Rollout) -> int:

@@ -67,7 +67,8 @@ def promote(stage: Stage) -> PromoteRecord:
 def put_back(stage: Stage, error: CvFactoryError) -> str:
     """End a rollout that has failed for good: the endpoint serves what the alias names again. Says what came of it.
 
-    The endpoint is left alone where the alias names this very version, and where it serves another one's config.
+    The endpoint is left alone where the alias names this very version, and where it serves another one's config; but where this
+    run has put it back to that one, what a kill may have cut off is done.
     """
     if not storage.exists(f"{stage.run}/deploy/result.json"):
         return ""
@@ -133,16 +134,19 @@ def _put_back(stage: Stage, asked: DeployRecord, error: CvFactoryError) -> str:
     entry = audit.head(stage.config)
     champion = entry.change.aliases.get("champion") if entry else None
     deployer = open_deployer(stage.config)
-    serving = deployer.serving()
-    if serving is None or serving.config_name != asked.endpoint_config_name:
+    serving, is_begun = deployer.serving(), storage.exists(f"{stage.run}/{WHY_BACK}")
+    if serving is None or (serving.config_name != asked.endpoint_config_name and not is_begun):
         return ""
     if champion == stage.read(RegisterRecord).model_version:
         return ""
     before = asked.previous_config_name if champion is None else _config_of(stage.config, champion)
     if before is None:
         return f"endpoint {asked.endpoint_name} served nothing before, so it was left as it is"
+    if serving.config_name not in {asked.endpoint_config_name, before}:
+        return ""
     why = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, {stage.name}: {error}"
-    storage.write_bytes(f"{stage.run}/{WHY_BACK}", why.encode())
+    if serving.config_name == asked.endpoint_config_name:
+        storage.write_bytes(f"{stage.run}/{WHY_BACK}", why.encode())
     deployer.put_back(before)
     return f"the endpoint was put back to {before}"
 

@@ -2,10 +2,11 @@
 
 Model and deployment are named ``<endpoint>-<bundle digest, 12 digits>-<settings digest, 8 digits>``. Requests go by
 ``rawPredict``, which passes any body to the container as it is (``predict`` would want ``{"instances": ...}``), to the
-endpoint's dedicated address, where a request may be as large as the container takes.
+endpoint's dedicated address, where a request may have 10 MB (1.5 MB elsewhere).
 
 The generated clients of google-cloud-aiplatform with their REST transport.
-https://cloud.google.com/vertex-ai/docs/reference/rest, https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
+https://cloud.google.com/vertex-ai/docs/reference/rest, https://cloud.google.com/vertex-ai/docs/predictions/using-dedicated-endpoints,
+https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ PORT = 8080
 SCOPES = ["https://www.googleapis.com/auth/cloud-platform"]
 ELSEWHERE = {"rollout", "golden", "timeout", "capture_percent", "log_table", "labels", "api", "staging"}
 """Settings that are not of a deployment."""
+BUSY = {"FAILED_PRECONDITION", "ABORTED"}
+"""Status with which a change is refused while another operation of the endpoint runs, as one that ``RETRY`` asks for again."""
 PASSING = {8, 14}
 """``google.rpc.Code`` of an operation that another try may do: no capacity or quota for now, not available."""
 INVOKE_SECONDS = 60
@@ -73,9 +76,9 @@ class VertexEndpoint:
         is_changing = any(self._running(self._endpoint))  # asked first: what is done by now is in the description
         found = self._get()
         if found is None:
-            return Seen({}, "Creating", {}) if is_changing else None
+            return Seen({}, set(), "Creating", {}) if is_changing else None
         shares = {model.display_name: found.traffic_split.get(model.id, 0) for model in found.deployed_models}
-        return Seen(shares, "Updating" if is_changing else "", dict(found.labels))
+        return Seen(shares, set(), "Updating" if is_changing else "", dict(found.labels))
 
     def create(self, tags: Mapping[str, str], deadline: float) -> None:
         endpoint = api.Endpoint(
@@ -88,9 +91,12 @@ class VertexEndpoint:
         self._finish(made.operation.name, deadline)
 
     def tag(self, tags: Mapping[str, str], deadline: float) -> None:
-        found = self._get()
-        labels = self._labels({**found.labels, **tags} if found else tags)
-        self._update({"labels": labels, "predict_request_response_logging_config": self._logging()})
+        found = self._described()
+        labels = {**found.labels, **self._labels(tags)}
+        if labels != dict(found.labels):
+            self._update({"labels": labels})
+        if found.predict_request_response_logging_config != self._logging():
+            self._log_otherwise()
 
     def upload(self, name: str, release: Release, deadline: float) -> None:
         path = f"{self._parent}/models/{name}"
@@ -138,7 +144,10 @@ class VertexEndpoint:
             dedicated_resources=machines,
             service_account=settings.service_account,
         )
-        made = self._endpoints.deploy_model(endpoint=self._endpoint, deployed_model=deployed, retry=RETRY)
+        try:
+            made = self._endpoints.deploy_model(endpoint=self._endpoint, deployed_model=deployed, retry=RETRY)
+        except exceptions.NotFound:
+            raise DataError(f"model {name} is gone") from None
         self._finish(made.operation.name, deadline)
 
     def remove(self, name: str, deadline: float) -> None:
@@ -148,15 +157,16 @@ class VertexEndpoint:
                 made = self._endpoints.undeploy_model(endpoint=self._endpoint, deployed_model_id=deployed.id, retry=RETRY)
                 self._finish(made.operation.name, deadline)
 
-    def split(self, shares: Mapping[str, int], deadline: float) -> None:
-        found = self._get()
-        ids = {model.display_name: model.id for model in found.deployed_models} if found else {}
-        self._update({"traffic_split": {ids[name]: share for name, share in shares.items()}})
+    def split(self, shares: Mapping[str, int], tags: Mapping[str, str], deadline: float) -> None:
+        found = self._described()
+        ids = {model.display_name: model.id for model in found.deployed_models}
+        if gone := sorted(set(shares) - set(ids)):
+            raise DataError(f"deployment {', '.join(gone)} is gone")
+        split = {ids[name]: share for name, share in shares.items()}
+        self._update({"labels": {**found.labels, **self._labels(tags)}, "traffic_split": split})
 
     def invoke(self, body: bytes, content_type: str) -> bytes:
-        found = self._get()
-        if found is None:
-            raise Unavailable(f"{self._subject}: is missing")
+        found = self._described()
         host = f"https://{found.dedicated_endpoint_dns}" if found.dedicated_endpoint_dns else self._api
         headers = {"content-type": content_type}
         answer = self._ask("POST", f"{host}/v1/{self._endpoint}:rawPredict", data=body, headers=headers)
@@ -196,6 +206,22 @@ class VertexEndpoint:
         except exceptions.NotFound:
             return None
 
+    def _described(self) -> Any:
+        found = self._get()
+        if found is None:
+            raise Unavailable(f"{self._subject}: is missing")
+        return found
+
+    def _log_otherwise(self) -> None:
+        """The endpoint is of use also where the service takes these settings only when it makes one."""
+        try:
+            self._update({"predict_request_response_logging_config": self._logging()})
+        except exceptions.BadRequest as error:
+            told = self._explained(error)
+            if isinstance(told, Unavailable):
+                raise
+            log.warning("deploy: requests are logged as before, not as capture_percent and log_table say: %s", told)
+
     def _update(self, fields: dict[str, Any]) -> None:
         endpoint = api.Endpoint(name=self._endpoint, **fields)
         self._endpoints.update_endpoint(endpoint=endpoint, update_mask={"paths": list(fields)}, retry=RETRY)
@@ -225,8 +251,8 @@ class VertexEndpoint:
             deadline,
         )
         if error := done.get("error"):
-            problem: type[CvFactoryError] = Unavailable if error["code"] in PASSING else DataError
-            raise problem(f"Vertex AI says: {' '.join(error['message'].split())}")
+            problem: type[CvFactoryError] = Unavailable if error.get("code") in PASSING else DataError
+            raise problem(f"Vertex AI says: {' '.join(error.get('message', 'no reason').split())}")
 
     def _ask(self, method: str, url: str, **settings: Any) -> Any:
         """An HTTP answer by hand: the generated clients ask for operations below ``/ui/``, where the public API has none, and
@@ -258,8 +284,10 @@ class VertexEndpoint:
 
     def _logging(self) -> Any:
         settings = self._settings
+        if not (settings.log_table and settings.capture_percent):
+            return api.PredictRequestResponseLoggingConfig()
         return api.PredictRequestResponseLoggingConfig(
-            enabled=bool(settings.log_table and settings.capture_percent),
+            enabled=True,
             sampling_rate=settings.capture_percent / 100,
             bigquery_destination=api.BigQueryDestination(output_uri=settings.log_table),
         )
@@ -271,6 +299,8 @@ class VertexEndpoint:
                 return ConfigError(f"{self._subject}: no credentials of Google Cloud; set GOOGLE_APPLICATION_CREDENTIALS")
             case exceptions.TooManyRequests() | exceptions.Conflict() | exceptions.RetryError():
                 return Unavailable(f"{self._subject}: Vertex AI is busy: {told}")
+            case exceptions.ClientError() if _status(error) in BUSY:
+                return Unavailable(f"{self._subject}: Vertex AI is busy: {told}")
             case exceptions.ClientError():
                 return ConfigError(f"{self._subject}: Vertex AI refused: {told}")
             case _:
@@ -280,6 +310,14 @@ class VertexEndpoint:
 def _number(name: str) -> str:
     """The id of a deployment, of which Vertex AI allows ten digits."""
     return str(int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10**10)
+
+
+def _status(error: exceptions.GoogleAPICallError) -> str:
+    """Google's own word of an answer, which says more than HTTP's number."""
+    try:
+        return str(error.response.json()["error"]["status"])
+    except (AttributeError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _checked(answer: Any) -> Any:

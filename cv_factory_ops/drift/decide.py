@@ -1,6 +1,7 @@
 """Stage ``decide``: whether a model is trained anew; every decision, also every no, is stored and explained.
 
-Triggers ask for a retraining, rules may stop it, a person is never stopped. A retried run finds its own decision again.
+Triggers ask for a retraining, rules may stop it, a person is never stopped. A retried run finds its own decision again, unless
+that was a no and the drift check has found something else since.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cv_factory_ops.config import (
     VolumeTrigger,
 )
 from cv_factory_ops.drift.decisions import Considered, Decision, Rule, keep, minute, read, retrainings, stamp, stored_uri
-from cv_factory_ops.records import DecideRecord, DriftRecord, Performance
+from cv_factory_ops.records import DecideRecord, DriftRecord, Performance, feature_of
 from cv_factory_ops.stage import read_result
 
 if TYPE_CHECKING:
@@ -58,10 +59,10 @@ def run(stage: Stage) -> DecideRecord:
     Raises:
         DataError: an earlier decision cannot be read.
     """
-    uri = stored_uri(stage.config, stage.run)
+    uri, drift = stored_uri(stage.config, stage.run), stage.read(DriftRecord)
     decision = read(uri) if uri else None
-    if uri is None or decision is None or (stage.order and not _answers(decision, stage.order)):
-        decision = decide(stage.config, stage.run, stage.read(DriftRecord), datetime.now(UTC), stage.order)
+    if uri is None or decision is None or not _stands(decision, drift, stage.order):
+        decision = decide(stage.config, stage.run, drift, datetime.now(UTC), stage.order)
         uri = keep(stage.config, decision)
     told = f"asked for by {decision.who}" if decision.who else decision.reason  # a person's own words stay in the storage
     return DecideRecord(
@@ -99,6 +100,7 @@ def decide(config: ProjectConfig, run: str, drift: DriftRecord, now: datetime, o
         new_labels=case.new_labels,
         cooldown_until=now + cooldown if retrain else (case.last.time + cooldown if case.last else None),
         bundle_digest=drift.bundle_digest,
+        drift_digest=_digest(drift),
         trigger=trigger,
         considered=considered,
         rules=rules,
@@ -111,10 +113,7 @@ def decide(config: ProjectConfig, run: str, drift: DriftRecord, now: datetime, o
 
 def count_new_labels(config: ProjectConfig, since: datetime | None) -> int:
     """Captured studies whose labels have arrived since then (None: ever)."""
-    labels = captures.read_labels(config, after=stamp(since) if since else "")
-    if not labels:
-        return 0
-    return len(labels.keys() & {capture.inference_id for capture in captures.read(config)})
+    return len(captures.captured(config, captures.read_labels(config, after=stamp(since) if since else "")))
 
 
 def quiet_until(quiet: QuietHours | None, now: datetime) -> datetime:
@@ -127,7 +126,8 @@ def quiet_until(quiet: QuietHours | None, now: datetime) -> datetime:
     if not is_quiet:
         return now
     day = local.date() + timedelta(days=1) if over_midnight and clock >= quiet.start else local.date()
-    return max(now, datetime.combine(day, quiet.end, local.tzinfo).astimezone(UTC))
+    end = datetime.combine(day, quiet.end, local.tzinfo)
+    return end.replace(fold=local.fold).astimezone(UTC)  # in the hour that autumn repeats, the end lies in the same round
 
 
 def _consider(trigger: Trigger, case: Case) -> Considered:
@@ -135,7 +135,7 @@ def _consider(trigger: Trigger, case: Case) -> Considered:
         case DriftTrigger():
             drift = case.drift
             asks, smallest = drift.verdict == "drift", min(drift.drifted.values(), default=None)
-            signs = sorted(drift.drifted) if asks else []
+            signs = sorted(set(map(feature_of, drift.drifted))) if asks else []
             return Considered(trigger="drift", asks=asks, told=drift.summary, value=smallest, limit=drift.alpha, signs=signs)
         case PerformanceTrigger():
             return _consider_performance(trigger, case.drift.performance)
@@ -149,20 +149,21 @@ def _consider(trigger: Trigger, case: Case) -> Considered:
 
 
 def _consider_performance(trigger: PerformanceTrigger, known: list[Performance]) -> Considered:
-    """A measurement goes before an estimate."""
+    """A measurement goes before an estimate. It asks where the metric is surely too low, the whole interval below the limit:
+    the lower end alone would ask whenever labels are few."""
     usable = [item for item in known if item.metric == trigger.metric and (trigger.estimated or not item.estimated)]
     found = min(usable, key=lambda item: item.estimated, default=None)
     if found is None:
         told = f"{trigger.metric} is not known"
         return Considered(trigger="performance", asks=False, told=told, limit=trigger.minimum)
-    asks = found.low < trigger.minimum
+    asks = found.high < trigger.minimum
     basis = "estimated" if found.estimated else f"by {found.labelled} late labels"
     told = (
-        f"{found.metric} {found.value:.3f} ({found.low:.3f} .. {found.high:.3f}, {basis}), lower end "
+        f"{found.metric} {found.value:.3f} ({found.low:.3f} .. {found.high:.3f}, {basis}), upper end "
         f"{'below' if asks else 'not below'} {trigger.minimum:g}"
     )
     signs: list[str] = [found.metric] if asks else []
-    return Considered(trigger="performance", asks=asks, told=told, value=found.low, limit=trigger.minimum, signs=signs)
+    return Considered(trigger="performance", asks=asks, told=told, value=found.high, limit=trigger.minimum, signs=signs)
 
 
 def _consider_age(trigger: AgeTrigger, case: Case) -> Considered:
@@ -205,7 +206,7 @@ def _duplicate(case: Case, asking: list[Considered]) -> Rule:
     if not known or any(_is_new(item, known) for item in asking):
         return Rule(rule="duplicate", allows=True, told="no retraining of this champion was decided for this cause")
     needed, last = case.config.decision.repeat_labels, known[0]
-    refused = refusals.refusal_of(case.config, last.time, last.bundle_digest)
+    refused = refusals.refusal_of(last.retraining)
     outcome = f"which was refused ({refused.reason})" if refused else "whose champion has not changed since"
     told = f"a retraining was decided for the same cause at {minute(last.time)}, {outcome}"
     told += f"; {case.labels_told}, {needed} are needed for another one"
@@ -256,9 +257,16 @@ def _reason(case: Case, considered: list[Considered], stopped: Rule | None, begi
     return "; ".join([*asking, _labels(case).told, *waiting])
 
 
-def _answers(decision: Decision, order: Order) -> bool:
-    """Whether a decision was made for this person and this reason."""
-    return decision.who == order.who and decision.reason == _manual(order).told
+def _stands(decision: Decision, drift: DriftRecord, order: Order | None) -> bool:
+    """Whether a decision was made for this person and this reason; or, where nobody asks, from this drift check. One to retrain
+    is never made twice for a run."""
+    if order:
+        return decision.who == order.who and decision.reason == _manual(order).told
+    return decision.retrain or decision.drift_digest == _digest(drift)
+
+
+def _digest(drift: DriftRecord) -> str:
+    return storage.text_digest(drift.model_dump_json())
 
 
 def _retraining_uri(config: ProjectConfig, trigger: str, run: str, now: datetime) -> str:

@@ -10,11 +10,10 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from cv_factory_ops import storage
+from cv_factory_ops import refusals, storage
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.records import Frozen
-from cv_factory_ops.stage import read_result
 
 RETRAIN = ".retrain.json"
 
@@ -64,6 +63,8 @@ class Decision(Frozen):
     """No retraining before this time, UTC; None where there has been none yet."""
     bundle_digest: str
     """The champion that was watched."""
+    drift_digest: str = ""
+    """SHA-256 of the drift check's record as JSON: what it was made from."""
     trigger: str = ""
     """The first that asked; empty where none did."""
     considered: list[Considered] = []
@@ -104,7 +105,8 @@ def next_retraining(config: ProjectConfig, now: datetime) -> tuple[str, str]:
         case "done":
             return "", f"{told} is done"
         case "refused":
-            return "", f"{told} was refused by the gate"
+            refused = refusals.refusal_of(last.retraining)
+            return "", f"{told} was refused" + (f" by stage {refused.stage}: {refused.reason}" if refused else "")
         case "open" if last.not_before and now < last.not_before:
             return "", f"{told} may not begin before {minute(last.not_before)}"
         case "open":
@@ -112,12 +114,10 @@ def next_retraining(config: ProjectConfig, now: datetime) -> tuple[str, str]:
 
 
 def outcome(decision: Decision) -> Literal["open", "done", "refused"]:
-    """What has come of a retraining, by the records in its run."""
+    """What has come of a retraining, by what its run holds."""
     if storage.exists(f"{decision.retraining}/promote/result.json"):
         return "done"
-    if storage.exists(f"{decision.retraining}/gate/result.json") and read_result(decision.retraining, "gate").refusal:
-        return "refused"
-    return "open"
+    return "refused" if refusals.is_refused(decision.retraining) else "open"
 
 
 def _folder(config: ProjectConfig) -> str:

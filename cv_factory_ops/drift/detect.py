@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,7 @@ from scipy.special import chdtrc, ndtri
 from scipy.stats import rankdata
 
 from cv_factory_ops.domain import Kind
+from cv_factory_ops.groups import MISSING, told
 from cv_factory_ops.records import SlowDriftState
 
 TOGETHER = "numbers_together"
@@ -99,6 +101,9 @@ def compare(reference: pd.DataFrame, window: pd.DataFrame, kinds: Mapping[str, K
 
     A missing number says nothing of the values and much of the sender, so it is evidence of its own. Whether the further
     column is there depends on both samples taken together, not on which row is in which: the test stays exact.
+
+    All values of metadata are tested; what is shown of them afterwards are those that may be told, as clients write into
+    headers what they like (:func:`cv_factory_ops.groups.told`).
     """
     sides = [_cleaned(frame, kinds) for frame in (reference, window)]
     both = pd.concat(sides, ignore_index=True)
@@ -111,6 +116,8 @@ def compare(reference: pd.DataFrame, window: pd.DataFrame, kinds: Mapping[str, K
             both[f"{name}_missing"] = np.where(missing, "missing", "present")
     size = len(sides[1])
     scores = {name: _scores_of(both[name], kind) for name, kind in columns.items()}
+    for name in (name for name, kind in kinds.items() if kind == "category" and name.startswith("metadata_")):
+        both[name] = told(both[name], both[name][:-size])
     if len(numbers) > 1:
         columns[TOGETHER] = "number"
         scores[TOGETHER] = scores_together(both[numbers].to_numpy())
@@ -157,8 +164,9 @@ def number_scores(values: NDArray[np.float64]) -> Scores:
 
 
 def category_scores(values: NDArray[np.object_]) -> Scores:
-    """(rows,) -> (rows, categories): membership less the category's share, over the root of its rows."""
-    codes, names = pd.factorize(values)
+    """(rows,) -> (rows, categories): membership less the category's share, over the root of its rows. Which ones are told apart
+    depends on their numbers and then on their names, not on which row comes first."""
+    codes, names = pd.factorize(values, sort=True)
     rows = np.bincount(codes, minlength=len(names))
     if len(names) > LEVELS:
         codes = np.minimum(np.argsort(np.argsort(-rows, kind="stable"))[codes], LEVELS)
@@ -214,15 +222,14 @@ def _statistics(parts: Mapping[str, Scores], size: int, resamples: int) -> dict[
     """S of each column, (1 + resamples,): of the window, then of windows drawn blindly."""
     joined = np.concatenate(list(parts.values()), 1).astype(np.float32)
     rows = len(joined)
-    window = np.arange(rows)[None] >= rows - size
+    window = (np.arange(rows)[None] >= rows - size).astype(np.float32)
     rng = np.random.default_rng(0)
     batch = max(1, min(resamples, _VALUES_AT_ONCE // rows))
     draws = (_draws(rng, rows, size, min(batch, resamples - start)) for start in range(0, resamples, batch))
-    sums = np.concatenate([window @ joined, *(drawn @ joined for drawn in draws)])
-    ends = np.cumsum([scores.shape[1] for scores in parts.values()])[:-1]
+    starts = np.cumsum([0, *(scores.shape[1] for scores in parts.values())])[:-1]
     factor = rows * (rows - 1) / (size * (rows - size))
-    squares = np.split(sums.astype(np.float64) ** 2, ends, axis=1)
-    return {name: factor * part.sum(1) for name, part in zip(parts, squares, strict=True)}
+    squares = [np.add.reduceat((drawn @ joined).astype(np.float64) ** 2, starts, axis=1) for drawn in chain([window], draws)]
+    return dict(zip(parts, factor * np.concatenate(squares).T, strict=True))
 
 
 def _draws(rng: np.random.Generator, rows: int, size: int, count: int) -> NDArray[np.float32]:
@@ -251,7 +258,7 @@ def _cleaned(frame: pd.DataFrame, kinds: Mapping[str, Kind]) -> pd.DataFrame:
     columns = {
         name: frame[name].astype("float64").replace([np.inf, -np.inf], np.nan)
         if kind == "number"
-        else frame[name].astype("object").fillna("missing").astype(str)
+        else frame[name].astype("object").fillna(MISSING).astype(str)
         for name, kind in kinds.items()
     }
     return pd.DataFrame(columns).reset_index(drop=True)

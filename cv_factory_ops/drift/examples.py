@@ -6,19 +6,21 @@ these want that; what a person should look at first is left out. Those of the re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cv_factory_ops import captures, registry
+from cv_factory_ops import captures, registry, storage
 from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
 from cv_factory_ops.ingestion.decode import decode_one, instances
 from cv_factory_ops.preprocessing.pipeline import prepare
-from cv_factory_ops.preprocessing.shards import INDEX, Images, Index, one_a_patient
+from cv_factory_ops.preprocessing.shards import INDEX, Index, one_a_patient
 
 if TYPE_CHECKING:
     from cv_factory_ops.bundle import Bundle
@@ -62,41 +64,48 @@ def of_window(stage: Stage, bundle: Bundle, window: Window, values: pd.Series, c
                 found.values.append(float(values.iloc[row]))
         except Rejected as error:
             found.left_out.append(str(error))
-        except DataError:
-            found.left_out.append("its capture is no longer there")
+        except CvFactoryError:
+            found.left_out.append("its capture cannot be read any more")
     return found
 
 
 def of_reference(stage: Stage, model: Champion, values: pd.Series, count: int) -> Examples:
     """Images of the champion's run; ``values``: of each row of the bundle's reference."""
-    found = Examples()
     try:
         uri = f"{registry.run_of(stage.config, model.version)}/preprocess"
-        files = Index.model_validate_json(stage.local(f"{uri}/{INDEX}").read_bytes()).splits[SPLIT]
-        places = one_a_patient(pd.read_parquet(stage.local(f"{uri}/{SPLIT}.parquet"), columns=["patient"]))
-        shards = [np.load(stage.local(f"{uri}/{file.name}"), mmap_mode="r") for file in files if file.images]
+        index = Index.model_validate_json(storage.read_bytes(f"{uri}/{INDEX}"))
+        table = pd.read_parquet(BytesIO(storage.read_bytes(f"{uri}/{SPLIT}.parquet")), columns=["patient"])
+        places = one_a_patient(table)
+        if len(places) != len(values):
+            return Examples(left_out=["the champion's prepared images are not those of its reference any more"])
+        rows = spread(values, count)
+        return Examples([_read(uri, index, int(places[row])) for row in rows], [float(values.iloc[row]) for row in rows])
     except (CvFactoryError, OSError, ValueError, KeyError):
         return Examples(left_out=["the champion's prepared images cannot be reached"])
-    if len(places) != len(values):
-        return Examples(left_out=["the champion's prepared images are not those of its reference any more"])
-    images = Images(shards)
-    for row in spread(values, count):
-        found.images.append(np.asarray(images[places[row]]))
-        found.values.append(float(values.iloc[row]))
-    return found
+
+
+def _read(uri: str, index: Index, place: int) -> NDArray[np.uint16]:
+    """An image of the split by its number, and nothing else: all of them may be gigabytes."""
+    size = 2 * math.prod(index.image)
+    for file in index.splits[SPLIT]:
+        if place < file.images:
+            start = file.bytes - (file.images - place) * size
+            return np.frombuffer(storage.read_part(f"{uri}/{file.name}", start, size), "<u2").reshape(index.image)
+        place -= file.images
+    raise DataError(f"{uri}/{INDEX}: has fewer images than rows")
 
 
 def _decoded(stage: Stage, bundle: Bundle, capture: captures.Capture, number: int) -> Decoded:
     kind, decoding = capture.content_type.partition(";")[0].strip().lower(), bundle.manifest.decoding
-    if kind == "application/json":
-        return instances(capture.request, decoding)[number]
-    content, domain = capture.request, stage.domain
+    content, domain, settings = capture.request, stage.domain, stage.config.deidentification
     if kind == domain.content_type or domain.recognises(content):
-        clean = domain.deidentify(content, stage.config.deidentification)
+        clean = domain.deidentify(content, settings)
         if clean.review:
             raise Rejected("review", f"should be looked at first: {', '.join(clean.review)}")
-        content = clean.content
-    return decode_one(content, kind, domain, decoding)
+        return decode_one(clean.content, kind, domain, decoding)
+    if settings.pixels != "trust":
+        raise Rejected("not_screened", "only studies are looked through for text, and deidentification.pixels asks for it")
+    return instances(content, decoding)[number] if kind == "application/json" else decode_one(content, kind, domain, decoding)
 
 
 def _prepared(study: Decoded, bundle: Bundle) -> NDArray[np.uint16]:

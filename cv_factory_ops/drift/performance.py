@@ -9,7 +9,7 @@ for the drift reference, and labels are better than either.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -23,6 +23,9 @@ Metric = Literal["accuracy", "auc", "sensitivity", "specificity"]
 METRICS: tuple[Metric, ...] = ("accuracy", "auc", "sensitivity", "specificity")
 CONFIDENCE = 0.95
 """Of every interval."""
+LEAST = 10
+"""Labelled answers that a measurement rests on at least, the AUROC on as many of either class: fewer say too little to go
+before an estimate."""
 
 
 def measured(
@@ -31,17 +34,19 @@ def measured(
     """Of (N,) labels and (N, classes) probabilities, at the bundle's operating point. ``reference`` is that of the locked test
     set, each metric and its ``<metric>_low``.
 
-    Of more than two classes the accuracy alone: the others are means over the classes there, without such an interval.
+    A metric that would rest on fewer than :data:`LEAST` answers is not known. Of more than two classes there is the accuracy
+    alone: the others are means over the classes there, without such an interval.
     """
     values = classification(labels, probabilities, manifest.threshold)
     positives = int((labels == 1).sum())
-    rows = {"accuracy": len(labels), "sensitivity": positives, "specificity": len(labels) - positives}
+    negatives = len(labels) - positives
+    rows = {"accuracy": len(labels), "auc": min(positives, negatives), "sensitivity": positives, "specificity": negatives}
     two = probabilities.shape[1] == 2
     found = []
     for metric in METRICS if two else METRICS[:1]:
-        if metric in values:
+        if metric in values and rows[metric] >= LEAST:
             interval = (
-                auc_interval(values["auc"], positives, len(labels) - positives)
+                auc_interval(values["auc"], positives, negatives)
                 if metric == "auc"
                 else proportion_interval(values[metric], rows[metric])
             )
@@ -102,11 +107,24 @@ def proportion_interval(value: float, rows: float) -> Interval:
 
 
 def auc_interval(value: float, positives: float, negatives: float) -> Interval:
-    """Of an area under the ROC curve (Hanley & McNeil 1982)."""
-    of_positives, of_negatives = value / (2 - value), 2 * value**2 / (1 + value)
-    variance = value * (1 - value) + (positives - 1) * (of_positives - value**2) + (negatives - 1) * (of_negatives - value**2)
-    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(max(variance, 0) / (positives * negatives))
-    return max(value - half, 0.0), min(value + half, 1.0)
+    """Of an area under the ROC curve: as Wilson's, by the variance at the ends themselves and not at the value, so that an area
+    of 1 is not certain (Newcombe 2006, Statistics in Medicine 25:559, method 5: the variance of Hanley & McNeil 1982, both
+    classes there as large as they are on average)."""
+    z, others = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), (positives + negatives) / 2 - 1
+
+    def is_outside(area: float) -> bool:
+        spread = 1 + others * (1 - area) / (2 - area) + others * area / (1 + area)
+        return (value - area) ** 2 > z**2 * area * (1 - area) * spread / (positives * negatives)
+
+    return _boundary(is_outside, 0.0, value), _boundary(is_outside, 1.0, value)
+
+
+def _boundary(is_outside: Callable[[float], bool], outer: float, inner: float) -> float:
+    """Between two numbers, by bisection; the outer one where that is inside too."""
+    for _ in range(50):
+        middle = (outer + inner) / 2
+        outer, inner = (middle, inner) if is_outside(middle) else (outer, middle)
+    return inner
 
 
 def _performance(

@@ -78,8 +78,13 @@ def draw_examples(sides: dict[str, Examples], feature: str, path: Path) -> bool:
     return True
 
 
+def _plain(text: str) -> str:
+    """Dollar signs as they are: between two of them matplotlib would read a formula, and fail where it is none."""
+    return text.replace("$", r"\$")
+
+
 def _draw_row(row: SubFigure, title: str, side: Examples, columns: int) -> None:
-    row.suptitle(title, fontsize=10, x=0.01, ha="left")
+    row.suptitle(_plain(title), fontsize=10, x=0.01, ha="left")
     panels = row.subplots(1, columns, squeeze=False)[0]
     for axes in panels:
         axes.set_axis_off()
@@ -92,7 +97,7 @@ def _draw_p_values(axes: Axes, verdict: Verdict) -> None:
     names = sorted(verdict.p_values, key=lambda name: verdict.p_values[name])[:_MOST][::-1]
     evidence = [-np.log10(max(verdict.p_values[name], _SMALLEST)) for name in names]
     colours = [_DRIFTED if name in verdict.drifted else _QUIET for name in names]
-    axes.barh(names, evidence, color=colours)
+    axes.barh([_plain(name) for name in names], evidence, color=colours)
     limit = -np.log10(verdict.threshold)
     axes.axvline(limit, color="black", linewidth=1, linestyle="--")
     end = max(*evidence, limit) * 1.05
@@ -112,7 +117,7 @@ def _draw_column(axes: Axes, comparison: Comparison, name: str, *, legend: bool)
     reference, window = comparison.reference[name].dropna(), comparison.window[name].dropna()
     draw_side = _draw_numbers if comparison.kinds[name] == "number" else _draw_categories
     draw_side(axes, reference, window)
-    axes.set_title(name, loc="left", fontsize=9)
+    axes.set_title(_plain(name), loc="left", fontsize=9)
     axes.set_ylabel("share", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
@@ -132,4 +137,4 @@ def _draw_categories(axes: Axes, reference: pd.Series[str], window: pd.Series[st
     places = np.arange(len(names))
     for side, offset, label, colour in zip(shares, (-0.2, 0.2), ("reference", "window"), (_REFERENCE, _DRIFTED), strict=True):
         axes.bar(places + offset, [float(side.get(name, 0)) for name in names], 0.4, label=label, color=colour, alpha=0.8)
-    axes.set_xticks(places, [name[:14] for name in names])
+    axes.set_xticks(places, [_plain(name[:14]) for name in names])

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.domain import Kind, open_domain
-from cv_factory_ops.drift.window import Window, consume, read_window
+from cv_factory_ops.drift.window import Window, consume, fingerprint, read_window
 from cv_factory_ops.errors import DataError
-from cv_factory_ops.records import DriftRecord, Performance, SlowDriftState
+from cv_factory_ops.records import DriftRecord, Performance, SlowDriftState, public_name
 from cv_factory_ops.registry import Champion, champion, evaluation_of, keep_files
 from cv_factory_ops.stage import read_result
 
@@ -82,10 +82,11 @@ def _judge(stage: Stage, bundle: Bundle, window: Window) -> tuple[Comparison, Ve
     features = pd.DataFrame(window.rows, columns=list(kinds))
     features.to_parquet(stage.out / "features.parquet", index=False)
     comparison = compare(sampled(_reference(bundle, kinds), settings.sample), features, kinds, settings.alpha)
-    slow = sequential.advance(_state_before(window, bundle.digest), comparison)
     groups = groups_of(comparison, open_domain(bundle.manifest.domain), settings)
-    comparison = with_groups(comparison, groups)
-    verdict = replace(judge(comparison), slow=slow, slowly=sequential.drifted(slow, settings))
+    grouped = with_groups(comparison, groups)
+    verdict = judge(grouped)
+    slow = sequential.advance(_state_before(window, bundle.digest), comparison, settings, verdict.drifted)
+    verdict, comparison = replace(verdict, slow=slow, slowly=sequential.drifted(slow, settings)), grouped
     write_report(comparison, verdict, stage.out)
     return comparison, verdict, groups
 
@@ -108,15 +109,16 @@ def _classes(bundle: Bundle) -> list[str]:
 
 
 def _performance(config: ProjectConfig, model: Champion, bundle: Bundle, window: Window) -> list[Performance]:
-    """Measured where labels have arrived, and estimated."""
+    """Measured where labels have arrived, also for answers of earlier windows, and estimated."""
     import numpy as np
 
+    from cv_factory_ops.drift.answers import labelled
     from cv_factory_ops.drift.performance import estimated, measured
 
-    found, labelled = list[Performance](), window.labelled
-    if len(labelled.labels):
-        known = evaluation_of(config, model.run_id)
-        found += measured(labelled.labels, labelled.probabilities, bundle.manifest, known)
+    found = list[Performance]()
+    labels, probabilities = labelled(config, window.answers, window.end.last, window.previous, model.bundle_digest)
+    if len(labels):
+        found += measured(labels, probabilities, bundle.manifest, evaluation_of(config, model.run_id))
     scores = np.array([row.get("score", np.nan) for row in window.rows], dtype=np.float64)
     if "score" in bundle.manifest.features:
         found += estimated(scores, bundle.reference()["score"].to_numpy(np.float64), bundle.manifest)
@@ -155,31 +157,41 @@ def _snapshot(comparison: Comparison, verdict: Verdict) -> Any:
         from evidently import DataDefinition, Dataset, Report
         from evidently.presets import DataDriftPreset
 
-        kinds = comparison.testable
+        kinds = {_without_markup(name): kind for name, kind in comparison.testable.items()}
         definition = DataDefinition(
             numerical_columns=[name for name, kind in kinds.items() if kind == "number"],
             categorical_columns=[name for name, kind in kinds.items() if kind == "category"],
         )
         sides = [
-            Dataset.from_pandas(side[list(kinds)], data_definition=definition)
+            Dataset.from_pandas(_inert(side[list(comparison.testable)]), data_definition=definition)
             for side in (comparison.window, comparison.reference)
         ]
         preset = DataDriftPreset(
             columns=list(kinds),
-            method=_calibrated_test(verdict),
+            method=_calibrated_test({_without_markup(name): p for name, p in verdict.p_values.items()}),
             threshold=verdict.threshold,
             drift_share=1 / len(kinds),
         )
         return Report([preset]).run(*sides)
 
 
-def _calibrated_test(verdict: Verdict) -> str:
+def _inert(side: pd.DataFrame) -> pd.DataFrame:
+    """The same columns without markup: Evidently puts names and categories into its page's script as they are."""
+    texts = side.select_dtypes("object")
+    return side.assign(**texts.map(_without_markup, na_action="ignore")).rename(columns=_without_markup)
+
+
+def _without_markup(text: str) -> str:
+    return text.replace("<", "\u2039")  # looks the same and opens no tag
+
+
+def _calibrated_test(p_values: Mapping[str, float]) -> str:
     """Register our verdict with Evidently as a test: it asks for the p-value of a column's values, and is told the column's."""
     from evidently.legacy.calculations.stattests import StatTest, register_stattest
     from evidently.legacy.core import ColumnType
 
     def test(reference: pd.Series[Any], window: pd.Series[Any], kind: ColumnType, threshold: float) -> tuple[float, bool]:
-        p = verdict.p_values[str(reference.name)]
+        p = p_values[str(reference.name)]
         return p, p <= threshold
 
     name = "calibrated score test p_value"
@@ -224,6 +236,7 @@ def _common(stage: Stage, model: Champion, window: Window) -> dict[str, Any]:
         "quality": window.quality,
         "alpha": stage.config.drift.alpha,
         "bundle_digest": model.bundle_digest,
+        "asked": fingerprint(stage),
     }
 
 
@@ -240,12 +253,16 @@ def _in_words(verdict: Verdict, window: Window, performance: list[Performance]) 
     if found:
         return f"{' and '.join(found)} over {over}"
     name, smallest = min(verdict.p_values.items(), key=lambda item: item[1])
-    return f"no drift: smallest p {smallest:.2g} ({name}), threshold {verdict.threshold:.1g}, {over}"
+    return f"no drift: smallest p {smallest:.2g} ({public_name(name)}), threshold {verdict.threshold:.1g}, {over}"
 
 
 def _first(drifted: Mapping[str, float]) -> str:
-    told = ", ".join(f"{name} p={p:.1g}" for name, p in list(drifted.items())[:3])
-    return told + (", ..." if len(drifted) > 3 else "")
+    """The three clearest, of a feature's groups or categories the clearest one, by names that messages may hold."""
+    clearest: dict[str, float] = {}
+    for name, p in drifted.items():
+        clearest.setdefault(public_name(name), p)
+    told = ", ".join(f"{name} p={p:.1g}" for name, p in list(clearest.items())[:3])
+    return told + (", ..." if len(clearest) > 3 else "")
 
 
 def _worse(found: Performance) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from cv_factory_ops.config import DriftConfig
 from cv_factory_ops.drift.detect import Comparison, number_scores
-from cv_factory_ops.groups import group_of, in_order, names
+from cv_factory_ops.groups import MISSING, group_of, in_order, names
 from cv_factory_ops.metrics import Mask
 from cv_factory_ops.records import WatchedGroup
 
@@ -52,7 +52,7 @@ def groups_of(comparison: Comparison, domain: Domain, config: DriftConfig) -> li
     for name in names(domain, config.subgroups, "drift.subgroups"):
         column = f"metadata_{name}"
         if column in comparison.kinds:
-            sides = [side[column].replace("missing", None) for side in (comparison.reference, comparison.window)]
+            sides = [side[column].replace(MISSING, None) for side in (comparison.reference, comparison.window)]
             bands = domain.subgroups.get(name, {})
             groups = group_of(pd.concat(sides, ignore_index=True), bands)
             reference, window = groups[: len(sides[0])], groups[len(sides[0]) :]

@@ -14,29 +14,26 @@ from __future__ import annotations
 
 import json
 import logging
-from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, TextIO
+from typing import TextIO
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import missing_to_nan
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.domain import Kind
+from cv_factory_ops.drift.answers import WINDOW, Answers
 from cv_factory_ops.errors import DataError, Unavailable
-from cv_factory_ops.metrics import Labels
 from cv_factory_ops.records import Cursor, DriftRecord, Quality, Reading
-from cv_factory_ops.stage import Stage, now
+from cv_factory_ops.stage import Stage, record_digest
 
 log = logging.getLogger("cvf")
 
-WINDOW, QUARANTINE = "window.json", "quarantine.jsonl"
+QUARANTINE = "quarantine.jsonl"
 Row = dict[str, str | float]
 
 
@@ -55,34 +52,6 @@ class Sample:
             self.rows.append((row, position, number))
         elif (place := int(self._random.random() * self.offered)) < self._size:
             self.rows[place] = (row, position, number)
-
-
-class Labelled:
-    """Answers whose labels have arrived, as plain numbers: a million of two classes take some 20 MiB."""
-
-    def __init__(self, names: Sequence[str], arrived: Mapping[str, str]) -> None:
-        """``arrived``: label by inference id."""
-        self._numbers, self._arrived = {name: i for i, name in enumerate(names)}, arrived
-        self._labels, self._probabilities = array("q"), array("d")
-
-    def offer(self, inference_id: str, predictions: Sequence[Mapping[str, Any]]) -> None:
-        """An answer about one image; a label of a request with several says not which one is meant."""
-        number = self._numbers.get(self._arrived.get(inference_id, ""))
-        if number is None or len(predictions) != 1:
-            return
-        scores = [float(predictions[0]["scores"][name]) for name in self._numbers]
-        self._labels.append(number)
-        self._probabilities.extend(scores)
-
-    @property
-    def labels(self) -> Labels:
-        """(N,)"""
-        return np.array(self._labels, dtype=np.int64)
-
-    @property
-    def probabilities(self) -> NDArray[np.float64]:
-        """(N, classes)"""
-        return np.array(self._probabilities, dtype=np.float64).reshape(-1, len(self._numbers))
 
 
 class Quarantine:
@@ -114,7 +83,8 @@ class Window:
     previous: str
     """URI of the run of the last finished check before it; empty at the first."""
     sample: Sample
-    labelled: Labelled
+    answers: Answers
+    """Of the champion, for the labels that arrive."""
     requests: int = 0
     """Captures answered by the champion."""
     foreign: int = 0
@@ -161,9 +131,11 @@ class Window:
 
 
 def fingerprint(stage: Stage) -> str:
-    """A verdict stands; "not enough data" is asked again, as more may have come."""
+    """A verdict stands, and is found by what it was asked behind; "not enough data" is asked again, as more may have come."""
     published = _published(stage)
-    return now(stage) if published and published.verdict == "not enough data" else ""
+    if published is None:
+        return ""
+    return record_digest(stage.run, DriftRecord.stage) if published.verdict == "not enough data" else published.asked
 
 
 def read_window(stage: Stage, bundle_digest: str, kinds: Mapping[str, Kind], labels: Sequence[str] = ()) -> Window:
@@ -176,8 +148,7 @@ def read_window(stage: Stage, bundle_digest: str, kinds: Mapping[str, Kind], lab
     config, cursor = stage.config, read_cursor(stage.config)
     start, until, previous = _bounds(stage, cursor)
     sample = Sample(config.drift.sample, stage.run)
-    labelled = Labelled(labels, captures.read_labels(config) if labels else {})
-    window = Window(cursor, start, start, until is not None, previous, sample, labelled)
+    window = Window(cursor, start, start, until is not None, previous, sample, Answers(labels))
     read: dict[str, int] = {}
     stage.out.mkdir(parents=True, exist_ok=True)
     with (stage.out / QUARANTINE).open("w", encoding="utf-8") as file:
@@ -198,15 +169,24 @@ def consume(stage: Stage, window: Window) -> None:
     """Move the cursor over the window; nothing where an earlier try of this run has done so.
 
     Raises:
-        Unavailable: another check has moved it since; a retry takes what is left.
+        Unavailable: another check has moved it since, or that one has finished after all whose captures this one took over; a
+            retry takes what is left.
     """
     moved = Cursor(run=stage.run, start=window.start, end=window.end, previous=window.previous).model_dump_json(indent=2)
     (stage.out / WINDOW).write_text(moved, encoding="utf-8")
+    window.answers.save(stage.out)
     if window.settled:
         return
-    if read_cursor(stage.config) != window.cursor:
+    if _bounds(stage, window.cursor)[0] != window.start or not _move(_cursor_uri(stage.config), window.cursor, moved.encode()):
         raise Unavailable(f"{_cursor_uri(stage.config)}: another drift check has moved it meanwhile; try again")
-    storage.write_bytes(_cursor_uri(stage.config), moved.encode())
+
+
+def _move(uri: str, expected: Cursor | None, moved: bytes) -> bool:
+    """Whether the cursor was as expected, and is moved now."""
+    if expected is None:
+        return storage.create_bytes(uri, moved)
+    present = storage.read_bytes(uri)
+    return _parsed(uri, present) == expected and storage.replace_bytes(uri, present, moved)
 
 
 def read_cursor(config: ProjectConfig) -> Cursor | None:
@@ -219,10 +199,12 @@ def read_cursor(config: ProjectConfig) -> Cursor | None:
 
 
 def _read_cursor(uri: str) -> Cursor | None:
-    if not storage.exists(uri):
-        return None
+    return _parsed(uri, storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+def _parsed(uri: str, content: bytes) -> Cursor:
     try:
-        return Cursor.model_validate_json(storage.read_bytes(uri))
+        return Cursor.model_validate_json(content)
     except ValidationError:
         raise DataError(f"{uri}: is not a cursor; expected the fields run, start and end") from None
 
@@ -265,7 +247,7 @@ def _add(
         ours, predictions = answer["bundle_digest"] == bundle_digest, answer["predictions"]
         rows = [missing_to_nan(prediction["features"], kinds) for prediction in predictions]
         if ours:
-            window.labelled.offer(capture.inference_id, predictions)
+            window.answers.offer(capture.inference_id, predictions)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         quarantine.note(capture.position, f"its answer cannot be read ({type(error).__name__})")
         window.unreadable += 1

@@ -127,11 +127,13 @@ def _facts(stage: Stage, record: EvaluateRecord, manifest: BundleManifest) -> di
 
 def _captured(ingest: IngestRecord) -> str:
     """Images that came by the endpoint, by what is known of them."""
-    bare = ingest.captured - ingest.late_labels - ingest.pseudo_labels
-    kinds = {"have late labels": ingest.late_labels, "no label": bare}
-    kinds["train with the champion's answer in place of a label"] = ingest.pseudo_labels
-    told = ", ".join(f"{count} {what}" for what, count in kinds.items() if count)
-    return f"{ingest.captured} images are captured requests" + (f" ({told})" if told else "")
+    told, labelled, pseudo = f"{ingest.captured} images are captured requests", ingest.late_labels, ingest.pseudo_labels
+    if labelled is None or pseudo is None:
+        return told
+    kinds = {"have late labels": labelled, "no label": ingest.captured - labelled - pseudo}
+    kinds["train with the champion's answer in place of a label"] = pseudo
+    counted = ", ".join(f"{count} {what}" for what, count in kinds.items() if count)
+    return f"{told} ({counted})" if counted else told
 
 
 def _counts(rows: pd.DataFrame, labels: Sequence[str]) -> str:

@@ -6,8 +6,9 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
-from cv_factory_ops.errors import ConfigError, DataError
+from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 
 
 def bundle_folder() -> Path:
@@ -17,8 +18,9 @@ def bundle_folder() -> Path:
     https://learn.microsoft.com/en-us/azure/machine-learning/how-to-deploy-custom-container
 
     Raises:
-        ConfigError: the image lacks what reads Cloud Storage.
+        ConfigError: the image lacks what reads Cloud Storage, or its identity may not read there.
         DataError: there is no bundle, or there are several.
+        Unavailable: Cloud Storage does not answer for now.
     """
     if uri := os.environ.get("AIP_STORAGE_URI"):
         return _downloaded(uri)
@@ -34,15 +36,31 @@ def _downloaded(uri: str) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of the age of grpcio, which is not used here
+            from google.api_core.exceptions import ClientError, GoogleAPIError
+            from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
             from google.cloud.storage import Client
+            from requests import RequestException
     except ImportError as error:
         raise ConfigError(f"AIP_STORAGE_URI: needs {error.name}: pip install 'cv-factory[vertex]'") from None
+    try:
+        return _copied(Client(), uri)
+    except (ClientError, DefaultCredentialsError) as error:
+        raise ConfigError(f"{uri}: may not be read: {' '.join(str(error).split())}") from None
+    except (GoogleAPIError, GoogleAuthError, RequestException) as error:
+        raise Unavailable(f"{uri}: cannot be read for now: {' '.join(str(error).split())}") from None
+
+
+def _copied(client: Any, uri: str) -> Path:
     bucket, _, prefix = uri.removeprefix("gs://").rstrip("/").partition("/")
     folder = Path(tempfile.mkdtemp(prefix="cvf-model-"))
-    for blob in Client().list_blobs(bucket, prefix=f"{prefix}/"):
+    for blob in client.list_blobs(bucket, prefix=f"{prefix}/"):
+        if blob.name.endswith("/"):  # what consoles show as an empty folder
+            continue
         path = folder / blob.name.removeprefix(f"{prefix}/")
         if not path.resolve().is_relative_to(folder.resolve()):
             raise DataError(f"{uri}: holds {blob.name!r}, which is no name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         blob.download_to_filename(str(path))
+    if not (folder / "bundle.json").exists():
+        raise DataError(f"{uri}: holds no bundle.json; expected: a model bundle")
     return folder

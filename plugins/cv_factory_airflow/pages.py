@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from airflow.api_fastapi.app import get_auth_manager
@@ -23,6 +23,9 @@ from cv_factory_airflow import stored
 from cv_factory_airflow.links import report_page
 from cv_factory_airflow.projects import projects
 from cv_factory_ops.config import ProjectConfig
+
+if TYPE_CHECKING:
+    from airflow.sdk import ObjectStoragePath
 
 DECISIONS_SHOWN = 20
 OWN_ORIGIN = {"Content-Security-Policy": "sandbox allow-scripts allow-popups"}
@@ -67,17 +70,22 @@ def _is_below(uri: str, root: str) -> bool:
 
 
 def _section(project: ProjectConfig) -> str:
-    rows = "".join(_row(decision) for decision in _last_decisions(project.root))
+    rows = "".join(map(_shown, _last_decisions(project.root)))
     head = "<tr><th>Time (UTC)<th>Drift<th>Asked for by<th>Decision<th>Reason<th>Report</tr>"
     return f"<h2>{escape(project.project)}</h2>" + (f"<table>{head}{rows}</table>" if rows else "<p>None yet.</p>")
 
 
-def _last_decisions(root: str) -> list[dict[str, Any]]:
+def _last_decisions(root: str) -> list[ObjectStoragePath]:
+    """Their names begin with the time."""
     folder = stored(f"{root}/decisions")
-    if not folder.exists():
-        return []
-    decided = [json.loads(file.read_bytes()) for file in folder.glob("*.json")]
-    return sorted(decided, key=lambda decision: str(decision.get("time", "")), reverse=True)[:DECISIONS_SHOWN]
+    return sorted(folder.glob("*.json"), key=lambda file: file.name, reverse=True)[:DECISIONS_SHOWN] if folder.exists() else []
+
+
+def _shown(file: ObjectStoragePath) -> str:
+    try:
+        return _row(json.loads(file.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f'<tr><td colspan="6">{escape(file.name)} is not a decision'
 
 
 def _row(decision: dict[str, Any]) -> str:

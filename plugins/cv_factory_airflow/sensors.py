@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseSensorOperator
+from airflow.sdk.exceptions import AirflowFailException
+from pydantic import ValidationError
 
 from cv_factory_airflow import run_uri, stored
 from cv_factory_airflow.operators import form_settings, load_project
-from cv_factory_ops.records import Cursor, Reading
+from cv_factory_ops.records import Cursor, Reading, is_hour
 
 if TYPE_CHECKING:
-    from airflow.sdk import Context, ObjectStoragePath
+    from airflow.sdk import Context
 
 # The verify stage's own requests, which no drift check sees. The library names them captures.PROBE, which brings its storage
 # clients along: too much for a DAG file. Whole lines are not decoded, as each holds an image.
 PROBE = re.compile(rb'"inferenceId": ?"verify-')
-FILE = re.compile(r"/(?P<variant>[^/]+)/(?P<hour>\d{4}/\d\d/\d\d/\d\d)/(?P<name>[^/]+)$")
+Item = dict[str, Any]
+"""A file or folder as fsspec lists it: its path as ``name``, ``type``, ``size``."""
 
 
 class CaptureWindowSensor(BaseSensorOperator):
@@ -77,7 +79,8 @@ class CaptureWindowSensor(BaseSensorOperator):
 
 
 class CaptureLog:
-    """How many requests of consumers a drift check would read of an endpoint's capture log.
+    """How many requests of consumers lie where a drift check would read an endpoint's capture log: also those that it leaves
+    out because they were refused, answered by another model, or are broken. To know that, they would have to be decoded.
 
     The log is ``<captures>/<variant>/yyyy/mm/dd/hh/<file>.jsonl`` with a request a line. A file is read again only when its
     size has changed, and never what the check does not read.
@@ -92,45 +95,77 @@ class CaptureLog:
         """Requests from start to end, or to now."""
         if not self.folder.exists():
             return 0
-        return sum(self._count_file(path) for path in self.folder.rglob("*.jsonl"))
+        return sum(
+            self._count_file(f"{hour}/{_name(variant)}/{_name(file)}", file)
+            for variant in self._folders(self.folder.path)
+            for hour, folder in self._hours(variant)
+            for file in self._listed(folder)
+            if file["type"] == "file" and _name(file).endswith(".jsonl")
+        )
 
-    def _count_file(self, path: ObjectStoragePath) -> int:
-        place = FILE.search(str(path))
-        file = f"{place['hour']}/{place['variant']}/{place['name']}" if place else ""
-        start = self.start.of(file)
-        if not file or start == sys.maxsize:
-            return 0
-        size = path.stat().st_size
+    def _hours(self, variant: Item) -> Iterator[tuple[str, str]]:
+        """Names and paths of those of the floor and later; of the years, months and days before it nothing is listed."""
+        found = [("", variant["name"])]
+        for _ in ("year", "month", "day", "hour"):
+            below = [
+                (f"{name}/{_name(item)}".lstrip("/"), item["name"]) for name, path in found for item in self._folders(path)
+            ]
+            found = [(name, path) for name, path in below if name >= self.start.floor[: len(name)]]
+        return ((name, path) for name, path in found if is_hour(name))
+
+    def _folders(self, path: str) -> list[Item]:
+        return [item for item in self._listed(path) if item["type"] == "directory"]
+
+    def _listed(self, path: str) -> list[Item]:
+        items: list[Item] = self.folder.fs.ls(path, detail=True, refresh=True)  # s3fs would keep a listing for ever
+        return items
+
+    def _count_file(self, file: str, item: Item) -> int:
+        start, size = self.start.of(file), int(item["size"])
         end = min(size, self.end.of(file)) if self.end else size
         if self._counted.get(file, (-1, 0))[0] != end:
-            self._counted[file] = (end, _count_requests(path, start, end) if start < end else 0)
+            self._counted[file] = (end, self._count_requests(item["name"], start, end) if start < end else 0)
         return self._counted[file][1]
 
+    def _count_requests(self, path: str, start: int, end: int) -> int:
+        """Lines that begin in these bytes, line by line, as images may be large."""
+        found = 0
+        with self.folder.fs.open(path, "rb") as file:
+            file.seek(start)
+            for line in file:
+                if start >= end:
+                    break
+                is_whole = line.endswith((b"\n", b"}"))  # else it is still being written
+                found += is_whole and bool(line.strip()) and not PROBE.search(line)
+                start += len(line)
+        return found
 
-def _count_requests(path: ObjectStoragePath, start: int, end: int) -> int:
-    """Lines that begin in these bytes, line by line, as images may be large."""
-    found = 0
-    with path.open("rb") as file:  # type: ignore[no-untyped-call]
-        file.seek(start)
-        for line in file:
-            if start >= end:
-                break
-            found += bool(line.strip()) and not PROBE.search(line)
-            start += len(line)
-    return found
+
+def _name(item: Item) -> str:
+    return item["name"].rsplit("/", 1)[1]
 
 
 def check_window(root: str, run: str) -> tuple[Reading, Reading | None]:
     """What the drift check of a run begins behind and, where an earlier try of it has settled that, ends at: as the stage
-    itself finds it, by ``<root>/drift/cursor.json`` and the ``window.json`` of checks that have a verdict."""
+    itself finds it, by ``<root>/drift/cursor.json`` and the ``window.json`` of checks that have a verdict.
+
+    Raises:
+        AirflowFailException: one of them is broken; a retry would change nothing.
+    """
     if _has_verdict(run):
-        own = Cursor.model_validate_json(stored(f"{run}/drift/window.json").read_bytes())
+        own = _cursor(f"{run}/drift/window.json")
         return own.start, own.end
-    found = stored(f"{root}/drift/cursor.json")
-    if not found.exists():
+    if not stored(f"{root}/drift/cursor.json").exists():
         return Reading(), None
-    cursor = Cursor.model_validate_json(found.read_bytes())
+    cursor = _cursor(f"{root}/drift/cursor.json")
     return cursor.window(run, _has_verdict(cursor.run))
+
+
+def _cursor(uri: str) -> Cursor:
+    try:
+        return Cursor.model_validate_json(stored(uri).read_bytes())
+    except ValidationError:
+        raise AirflowFailException(f"{uri}: is not a cursor; expected the fields run, start and end") from None
 
 
 def _has_verdict(run: str) -> bool:

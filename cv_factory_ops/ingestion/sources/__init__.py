@@ -138,15 +138,18 @@ def inbox_uri(config: ProjectConfig, source: Remote) -> str:
 
 
 def open_captures(stage: Stage) -> Opened:
-    """Captured requests whose labels have arrived, or all; those without are not refused, only not yet of use."""
-    from cv_factory_ops.ingestion.sources.captured import captured_items
+    """Captured requests whose labels have arrived, or all; those without are not refused, only not yet of use. What came after
+    the run was pinned (:func:`fingerprint`) is left to the next one."""
+    from cv_factory_ops.ingestion.sources import captured
 
-    labels = captures.read_labels(stage.config)
-    return Opened(len(labels), captured_items(stage, labels))
+    pin = captured.read_pin(stage.run)
+    labels = captures.read_labels(stage.config, until=pin.labels_until)
+    return Opened(len(labels), captured.captured_items(stage.config, labels, pin))
 
 
 def fingerprint(stage: Stage) -> str:
-    """Digest of what the sources would read now: names and versions, not contents. A remote source is always asked anew."""
+    """Digest of what the sources would read now: names and versions, not contents. A remote source is always asked anew; what
+    was captured is pinned at the run's first start."""
     places: list[str] = []
     asked = ""
     match stage.config.data.source:
@@ -159,6 +162,8 @@ def fingerprint(stage: Stage) -> str:
         case _:
             asked = str(time.time_ns())
     if stage.config.data.include_captures:
-        places += [captures.folder(stage.config), f"{stage.config.root}/labels"]
+        from cv_factory_ops.ingestion.sources import captured
+
+        asked += captured.pinned(stage).model_dump_json()
     versions = [list(storage.versions(place)) for place in places]
     return storage.text_digest(json.dumps(versions) + asked)
