@@ -142,7 +142,7 @@ class CaptureLog:
 
 
 def _name(item: Item) -> str:
-    return item["name"].rsplit("/", 1)[1]
+    return str(item["name"]).rsplit("/", 1)[1]
 
 
 def check_window(root: str, run: str) -> tuple[Reading, Reading | None]:
