@@ -20,7 +20,6 @@ import socket
 import ssl
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.message import EmailMessage
@@ -53,7 +52,7 @@ class Message(Frozen):
     """What is told."""
 
     id: str
-    """The same at each try, so that a receiver can tell a repetition."""
+    """The same for the same news of a run, so that a receiver can tell a repetition."""
     time: datetime
     """UTC."""
     event: NotificationEvent
@@ -83,7 +82,7 @@ def tell(config: ProjectConfig, run: str, record: Record, *, rolled_back: bool =
     if event is None or not wanted:
         return
     message = Message(
-        id=f"msg_{uuid.uuid4().hex}",
+        id=f"msg_{hashlib.sha256(f'{run} {event} {record.summary}'.encode()).hexdigest()[:32]}",
         time=datetime.now(UTC),
         event=event,
         project=config.project,
