@@ -109,7 +109,9 @@ def _draw_p_values(axes: Axes, verdict: Verdict) -> None:
     axes.set_ylim(-0.6, len(names) + 0.4)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("p-value (a longer bar is stronger evidence)", fontsize=9)
-    axes.set_title(f"{len(verdict.drifted)} of {len(verdict.p_values)} features drifted", loc="left", fontsize=11)
+    axes.set_title(
+        f"{len(verdict.drifted)} of {len(verdict.p_values)} columns drifted, those of groups included", loc="left", fontsize=11
+    )
     axes.spines[["top", "right"]].set_visible(False)
 
 
