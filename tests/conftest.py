@@ -28,15 +28,27 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_settings() -> Iterator[None]:
+    """No setting from outside, nor from what another module's fixtures ran in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        clear(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of its own for every test: storage, MLflow and key below ``tmp_path``."""
     monkeypatch.setenv("CVF_HOME", str(tmp_path))
     monkeypatch.setenv("CVF_PSEUDONYM_KEY", "a key for tests")
-    for name in ("CVF_STORAGE", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL_SAGEMAKER", "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"):
-        monkeypatch.setenv(name, "")  # so that what libraries set in a test (MLflow does) is undone after it
-        monkeypatch.delenv(name)
+    clear(monkeypatch)
     return tmp_path
+
+
+def clear(patch: pytest.MonkeyPatch) -> None:
+    for name in ("CVF_STORAGE", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL_SAGEMAKER", "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME"):
+        patch.setenv(name, "")  # so that what libraries set (MLflow does) is undone
+        patch.delenv(name)
 
 
 @pytest.fixture
