@@ -51,6 +51,12 @@ def clear(patch: pytest.MonkeyPatch) -> None:
         patch.delenv(name)
 
 
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow that the tests of a module share."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
 @pytest.fixture
 def project(home: Path) -> Callable[..., Path]:
     """Write a project's YAML: the tiny one with sections replaced by keyword."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from cv_factory_ops.config import DataConfig, DriftConfig, MlflowConfig, NpzSour
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.records import DriftRecord, Result
 from cv_factory_ops.stage import Stage, run_stage
+from tests.capture_lines import capture_line
 
 KINDS: dict[str, Kind] = {
     "image_mean": "number",
@@ -63,19 +63,7 @@ class Project:
         self.capture_answers([json.dumps(answer).encode() for answer in answers], place)
 
     def capture_answers(self, answers: list[bytes], place: str = "") -> None:
-        time = datetime(2026, 3, 1, 10, tzinfo=UTC)
-        lines = [
-            captures.encode(
-                event_id=f"{self.written}-{i}",
-                inference_id=f"study-{self.written}-{i}",
-                time=time,
-                request=b"pixels",
-                content_type="application/dicom",
-                answer=answer,
-                answer_type="application/json",
-            )
-            for i, answer in enumerate(answers)
-        ]
+        lines = [capture_line(f"study-{self.written}-{i}", answer=answer) for i, answer in enumerate(answers)]
         self.capture_lines(lines, place)
 
     def capture_lines(self, lines: list[str], place: str = "") -> None:

@@ -11,6 +11,7 @@ import ssl
 import threading
 import traceback
 import urllib.parse
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,7 @@ Answer = tuple[int, dict[str, str], Any]
 """Status, headers, and a body: bytes, or what becomes JSON."""
 
 
-class HttpsServer:
+class HttpsServer(ABC):
     """``answer`` tells what a service would, given method, path, query and body."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,8 +50,8 @@ class HttpsServer:
         self._thread.join()
         self._server.server_close()
 
-    def answer(self, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> Answer:
-        raise NotImplementedError
+    @abstractmethod
+    def answer(self, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> Answer: ...
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self

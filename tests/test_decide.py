@@ -22,6 +22,7 @@ from cv_factory_ops.drift.performance import measured
 from cv_factory_ops.errors import DataError, GateRefused
 from cv_factory_ops.records import DecideRecord, DriftRecord, Performance, Result
 from cv_factory_ops.stage import Order, run_stage
+from tests.capture_lines import capture_line
 from tests.conftest import TINY
 from tests.records import gated, put
 from tests.test_performance import manifest
@@ -87,18 +88,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
         data=DataConfig(source=NpzSource(path="none.npz")),
         decision=DecisionConfig(cooldown_hours=24, minimum_labels=3, repeat_labels=3),
     )
-    lines = [
-        captures.encode(
-            event_id=f"e{i}",
-            inference_id=f"s{i}",
-            time=datetime(2026, 3, 1, tzinfo=UTC),
-            request=b"pixels",
-            content_type="application/dicom",
-            answer=b"{}",
-            answer_type="application/json",
-        )
-        for i in range(6)
-    ]
+    lines = [capture_line(f"s{i}", time=datetime(2026, 3, 1, tzinfo=UTC)) for i in range(6)]
     place = f"{captures.folder(config)}/{config.endpoint_name}/AllTraffic/2026/03/01/00/0.jsonl"
     storage.write_bytes(place, "\n".join(lines).encode())
     return Project(config, (tmp_path / "runs").as_uri())

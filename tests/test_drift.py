@@ -20,11 +20,6 @@ from cv_factory_ops.stage import run_stage
 from tests.drift import KINDS, Project, project_in, quiet, table
 
 
-@pytest.fixture(scope="module")
-def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
 @pytest.fixture
 def project(request: pytest.FixtureRequest, tmp_path: Path, tracking_uri: str) -> Project:
     return project_in(tmp_path, request.node.name, tracking_uri)

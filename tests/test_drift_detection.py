@@ -334,11 +334,6 @@ def test_text_of_headers_is_neither_markup_nor_a_formula(tmp_path: Path) -> None
     assert "alert(1)" in page
 
 
-@pytest.fixture(scope="module")
-def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
 @pytest.fixture
 def project(request: pytest.FixtureRequest, tmp_path: Path, tracking_uri: str) -> Project:
     return project_in(tmp_path, request.node.name, tracking_uri)

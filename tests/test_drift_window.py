@@ -30,13 +30,9 @@ from cv_factory_ops.errors import ConfigError, Unavailable
 from cv_factory_ops.predictor import Predictor
 from cv_factory_ops.records import DriftRecord, TrainRecord
 from cv_factory_ops.stage import read_result, run_stage
+from tests.capture_lines import capture_line
 from tests.conftest import TINY
 from tests.drift import KINDS, Project, project_in, promote, quiet, table
-
-
-@pytest.fixture(scope="module")
-def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
 @pytest.fixture
@@ -385,17 +381,7 @@ def ask(project: Project, bundle: Bundle, folder: Path) -> None:
     for file in sorted(labels):
         content = domain.deidentify((folder / file).read_bytes(), config.deidentification).content
         (study,) = domain.decode(content, config.decoding)
-        lines.append(
-            captures.encode(
-                event_id=file,
-                inference_id=file,
-                time=datetime(2026, 3, 1, 10, tzinfo=UTC),
-                request=content,
-                content_type="application/dicom",
-                answer=predictor.answer([study]).model_dump_json().encode(),
-                answer_type="application/json",
-            )
-        )
+        lines.append(capture_line(file, content, predictor.answer([study]).model_dump_json().encode()))
     project.capture_lines(lines)
     captures.add_labels(config, dict(sorted(labels.items())[::2]))
 

@@ -33,6 +33,7 @@ from cv_factory_ops.records import IngestRecord
 from cv_factory_ops.stage import run_stage
 from domain_medical import DOMAIN
 from domain_medical.synthetic import studies
+from tests.capture_lines import capture_line
 
 PNEUMONIA = Path(__file__).parents[2] / "shared" / "data" / "pneumoniamnist" / "pneumoniamnist.npz"
 LABELS = ["normal", "opacity"]
@@ -617,15 +618,7 @@ def sent(data: bytes) -> bytes:
 class TestCaptures:
     def capture(self, config: ProjectConfig, requests: dict[str, tuple[bytes, str]]) -> None:
         lines = [
-            captures.encode(
-                event_id=name,
-                inference_id=name,
-                time=datetime.now(UTC),
-                request=body,
-                content_type=content_type,
-                answer=b"{}",
-                answer_type="application/json",
-            )
+            capture_line(name, body, content_type=content_type, time=datetime.now(UTC))
             for name, (body, content_type) in requests.items()
         ]
         uri = f"{captures.folder(config)}/{config.endpoint_name}/AllTraffic/2024/01/01/00/{len(requests)}.jsonl"

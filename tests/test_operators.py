@@ -25,6 +25,7 @@ from cv_factory_airflow import run_uri
 from cv_factory_ops import captures, storage
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.records import Cursor, Reading
+from tests.capture_lines import capture_line
 from tests.conftest import TINY
 from tests.records import put
 from tests.test_decide import checked
@@ -433,15 +434,7 @@ operator.execute({"dag_run": run})
 def _capture(root: str, name: str, lines: int, inference_id: str = "i") -> None:
     file = Path(unquote(root.removeprefix("file://"))) / "captures" / "tiny" / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    line = captures.encode(
-        event_id="e",
-        inference_id=inference_id,
-        time=datetime.now(UTC),
-        request=b"",
-        content_type="application/dicom",
-        answer=b"{}",
-        answer_type="application/json",
-    )
+    line = capture_line(inference_id, b"", time=datetime.now(UTC))
     file.write_text((line + "\n") * lines)
 
 

@@ -33,6 +33,7 @@ from cv_factory_ops.training.train import assign
 from cv_factory_ops.training.warm_start import misfit
 from domain_medical.synthetic import SHIFTED_SCANNER, studies
 from tests.bundles import free_port
+from tests.capture_lines import capture_line
 from tests.conftest import TINY
 from tests.records import put
 
@@ -85,18 +86,7 @@ class Shop:
 
     def send(self, file: str, requests: dict[str, bytes], answers: dict[str, str]) -> Path:
         """Capture requests with their answers, as the endpoint does; returns the file."""
-        lines = [
-            captures.encode(
-                event_id=name,
-                inference_id=name,
-                time=datetime.now(UTC),
-                request=body,
-                content_type="application/dicom",
-                answer=answers[name].encode(),
-                answer_type="application/json",
-            )
-            for name, body in requests.items()
-        ]
+        lines = [capture_line(name, body, answers[name].encode(), time=datetime.now(UTC)) for name, body in requests.items()]
         path = storage.path_of(f"{captures.folder(self.config())}/tiny/AllTraffic/{datetime.now(UTC):%Y/%m/%d/%H}/{file}.jsonl")
         assert path is not None
         storage.write_bytes(path.as_uri(), ("\n".join(lines) + "\n").encode())
