@@ -4,14 +4,26 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Extra arguments for `docker build`, such as another base image: make trainer-image DOCKER_ARGS="--build-arg BASE=..."
+IMAGES := airflow trainer inference gateway monitoring mlflow
+# Extra arguments for `docker build`, such as another base image: make images DOCKER_ARGS="--build-arg BASE=..."
 DOCKER_ARGS ?=
-TRAINER_IMAGE ?= cv-factory-trainer:$(VERSION)
+# The index of PyTorch's build, for a CPU or one CUDA version; what extras of pyproject.toml images hold besides; their names' ends.
+TORCH_INDEX ?=
+EXTRAS ?=
+REGISTRY ?=
+NEWER ?= var/newer
+QUICK_TESTS := $(addprefix tests/test_,config.py imports.py metrics.py storage.py manifest.py dicom.py preprocessing.py models.py notify.py)
+TAG ?= $(VERSION)
+TERRAFORM := terraform/templates/project_cv_factory
+ENV ?= dev
+LOCK ?= true
+CONFIG ?= configs/demo.yaml
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+SOURCE ?= $(or $(shell git remote get-url origin 2>/dev/null | sed -E 's|//[^/@]*@|//|'),unknown)
 REVISION = $(shell git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test test-kubernetes fuzz trainer-image test-images lint format docs airflow-db clean
+.PHONY: help install demo up down test test-kubernetes fuzz images sbom test-images env test-compose $(IMAGES:%=image-%) push train deploy smoke notify plan apply licences try-newer lint format docs airflow-db clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,13 +57,63 @@ test-kubernetes: install  ## the tests that need a cluster on this machine, foun
 fuzz: install  ## five minutes of mutated DICOM files and configurations
 	CVF_FUZZ_SECONDS=300 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
 
-trainer-image:  ## build the image that runs `cvf <stage>` in a pod
-	docker build $(DOCKER_ARGS) --file docker/trainer.Dockerfile --tag $(TRAINER_IMAGE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
-	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) .
+images: $(IMAGES:%=image-%)  ## build all images; `make image-gateway` builds one; REGISTRY=registry.example/ TAG=... name them
+
+$(IMAGES:%=image-%): image-%:
+	docker build $(DOCKER_ARGS) --file docker/Dockerfile --target $* --tag $(REGISTRY)cv-factory-$*:$(TAG) \
+	  --build-arg PIP_ARGS="$(PIP_ARGS)" --build-arg TORCH_INDEX="$(TORCH_INDEX)" --build-arg EXTRAS="$(EXTRAS)" \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE="$(SOURCE)" .
+
+sbom:  ## copy the bills of materials of the images to var/sbom
+	mkdir -p var/sbom
+	for image in $(IMAGES:%=cv-factory-%); do docker run --rm --network none $(REGISTRY)$$image:$(TAG) \
+	  cat /opt/venv/share/sbom/image.cdx.json > var/sbom/$$image.cdx.json || exit 1; done
 
 # With KUBECONFIG and a command that copies an image to that cluster, also there: CVF_LOAD_IMAGE="kind load docker-image"
-test-images: install  ## build and test that image with the local Docker engine
-	CVF_TRAINER_IMAGE=$(TRAINER_IMAGE) $(BIN)/python -m pytest tests/test_images.py $(ARGS)
+test-images: install  ## build and test the images with the local Docker engine
+	CVF_IMAGES_TAG=$(TAG) $(BIN)/python -m pytest tests/test_images.py $(ARGS)
+
+env:  ## write .env, the secrets of docker-compose.yaml
+	@$(PYTHON) -m local.compose_env
+
+test-compose: install images  ## start docker-compose.yaml, with stand-ins for public images, and go once round the loop
+	CVF_COMPOSE=1 $(BIN)/python -m pytest tests/test_compose.py -rs $(ARGS)
+
+push:  ## push all images to REGISTRY, as `make images` has named them
+	for image in $(IMAGES); do docker push $(REGISTRY)cv-factory-$$image:$(TAG) || exit 1; done
+
+train: install  ## a training up to its registered version: CONFIG=configs/demo.yaml RUN=s3://bucket/project/runs/name
+	for stage in ingest preprocess train evaluate gate register; do $(BIN)/cvf $$stage --config "$(CONFIG)" --run "$(RUN)" || exit; done
+
+deploy: install  ## what `make train` has left to do: roll out, verify, promote
+	$(BIN)/cvf run --config "$(CONFIG)" --run "$(RUN)"
+
+smoke: install  ## ask a gateway one question: URL=http://127.0.0.1:8000, its key in CVF_GATEWAY_KEY
+	$(BIN)/python -m local.smoke "$(URL)"
+
+notify: export TEXT ?=
+notify:  ## tell the team TEXT, by the webhook in SLACK_WEBHOOK
+	@.ci/notify "$$TEXT"
+
+plan:  ## what Terraform would change in ENV=dev, staging or prod; LOCK=false in a review, which holds no lock
+	terraform -chdir=$(TERRAFORM) init -input=false -reconfigure -backend-config=envs/$(ENV).s3.tfbackend
+	terraform -chdir=$(TERRAFORM) plan -input=false -lock=$(LOCK) -var-file=envs/$(ENV).tfvars
+
+apply:  ## let Terraform change it
+	terraform -chdir=$(TERRAFORM) init -input=false -reconfigure -backend-config=envs/$(ENV).s3.tfbackend
+	terraform -chdir=$(TERRAFORM) apply -input=false -auto-approve -var-file=envs/$(ENV).tfvars
+
+licences: install  ## write docs/licences.md anew
+	$(BIN)/python docs/licences.py
+
+# Without the lock: what a person gets who installs today. Torch, Airflow and pandas keep to the ranges of pyproject.toml.
+try-newer:  ## the newest versions that pyproject.toml allows, in a throw-away environment, with the quick tests
+	rm -rf $(NEWER) && $(PYTHON) -m venv $(NEWER)
+	$(NEWER)/bin/pip install -qq --disable-pip-version-check $(PIP_ARGS) --editable '.[dev]'
+	$(NEWER)/bin/pip check
+	$(NEWER)/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//' | sort -f | diff requirements.lock - | grep '^[<>] ' || true
+	$(NEWER)/bin/python -m pytest $(QUICK_TESTS) $(ARGS)
+	rm -rf $(NEWER)
 
 lint: install  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .

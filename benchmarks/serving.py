@@ -41,9 +41,8 @@ from cv_factory_ops.config import PreprocessingConfig, ResNet
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
 from cv_factory_ops.models import build
 from cv_factory_ops.predictor import Predictor
-from cv_factory_ops.serving.engine import open_engine
+from cv_factory_ops.engine import open_engine
 from cv_factory_ops.serving.requests import Part, decoded
-from cv_factory_ops.serving.settings import ServingSettings
 
 SIZE = 224
 NETWORK = ResNet(depth=18, small_input=False)
@@ -242,7 +241,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def bare(bundle: Bundle, study: Part, options: argparse.Namespace) -> None:
     """In this process, no server."""
     domain, decoding = open_domain("medical"), bundle.manifest.decoding
-    engine = open_engine(bundle, ServingSettings(threads=options.threads))
+    engine = open_engine(bundle, "openvino", options.threads)
     torch.set_num_threads(options.threads)
     rows = []
     for name, predictor in {"PyTorch": Predictor(bundle), "OpenVINO": Predictor(bundle, engine.network)}.items():

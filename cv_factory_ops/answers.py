@@ -45,11 +45,37 @@ class SegmentedPrediction(Prediction):
     """PNG of 8 bits grey, base64, of the image's rows and columns: the value of a pixel is the number of its class."""
 
 
+class Neighbour(Frozen):
+    """A study that another one is like; pseudonyms stand for who it is."""
+
+    id: str
+    """Of its image, as in the manifest of the run that indexed it."""
+    label: str
+    distance: float
+    """As of the index's metric: of ``cosine`` 1 - cosine, 0..2, of ``l2`` Euclidean."""
+    patient: str
+    """Pseudonym; empty where the source has none."""
+    study: str
+    """Pseudonym; empty where the source has none."""
+    metadata: dict[str, str | float]
+
+
 class Answer(Frozen):
     """The body of a response of ``/invocations``."""
 
     predictions: list[SegmentedPrediction | Prediction]
     bundle_digest: str
+
+
+class SimilarAnswer(Frozen):
+    """The body of a response that came with similar studies."""
+
+    predictions: list[SegmentedPrediction | Prediction]
+    bundle_digest: str
+    similar: list[list[Neighbour]]
+    """Of each prediction, nearest first."""
+    findings: list[str]
+    """Of each prediction, as the domain says it in a line."""
 
 
 class Faithfulness(Frozen):

@@ -5,8 +5,10 @@
     embedder.safetensors  learned state of the embedder, where the embedding is not the network's own
     pca.npz            mean and components of the embedding's principal components
     reference.parquet  features of held-out images: what drift is measured against
+    index/             where it is served with similar studies: their index, see :mod:`cv_factory_ops.features.index`
 
-Its digest (over all files) names it everywhere: MLflow tag, endpoint config, answers, captures. No file is a pickle.
+Its digest (over all files but those of the index, which is made for this digest) names it everywhere: MLflow tag, endpoint
+config, answers, captures. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
     from cv_factory_ops.models import Classifier
     from cv_factory_ops.preprocessing.embedders import Embedder
+
+INDEX = "index"
 
 
 class BundleManifest(Frozen):
@@ -147,8 +151,20 @@ class Bundle:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over all files."""
-        return storage.tree_digest(self.path)
+        """SHA-256 over all files but the index."""
+        return storage.tree_digest(self.path, without=INDEX)
+
+    @cached_property
+    def packed_digest(self) -> str:
+        """What it is called by where it is packed together with an index; without one its own digest."""
+        folder = self.path / INDEX
+        return storage.text_digest(f"{self.digest} {storage.tree_digest(folder)}") if folder.is_dir() else self.digest
+
+    def with_index(self, index: Path, folder: Path) -> Bundle:
+        """A copy of the bundle in a new folder, with an index in it."""
+        shutil.copytree(self.path, folder)
+        shutil.copytree(index, folder / INDEX)
+        return Bundle(folder, self.manifest)
 
     def network(self) -> Classifier:
         """The network with its weights, in evaluation mode."""
@@ -209,9 +225,20 @@ def unpack(archive: Path, folder: Path) -> None:
     """
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            tar.extractall(folder, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Debian 12's Python 3.11.2 has none
+            tar.extractall(folder, [_plain(member) for member in tar])  # noqa: S202 - each is looked at
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{archive}: is not a usable model.tar.gz: {error}") from None
+
+
+def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """
+    Raises:
+        TarError: it is neither a file nor a folder, or would lie elsewhere.
+    """
+    if not (member.isfile() or member.isdir()) or member.name.startswith("/") or ".." in member.name.split("/"):
+        raise tarfile.TarError(f"{member.name} is not a file below it")
+    return member
 
 
 def missing_to_nan(features: Mapping[str, str | float | None], kinds: Mapping[str, Kind]) -> dict[str, str | float]:

@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     _stage_arguments(_add(commands, "run", "all stages of a training, one after the other", _run))
     _project_arguments(_add(commands, "retrain", "the retraining that was decided last, where it is not done yet", _retrain))
     _config_arguments(commands)
+    doctor = _add(commands, "doctor", "check everything that a run will need, before anything is paid for", _doctor)
+    _project_arguments(doctor)
+    doctor.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
     deidentify = _add(commands, "deidentify", "copy studies without identity, ready to be sent", _deidentify)
     deidentify.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a study, or a folder with studies")
     deidentify.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder for the copies and review.jsonl")
@@ -91,10 +94,22 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help=".png; or .dcm, of a DICOM study: a secondary capture beside it"
     )
+    similar = _add(commands, "similar", "find and draw the indexed studies that are most like an image", _similar)
+    similar.add_argument("image", type=Path, metavar="IMAGE", help="a de-identified study, a PNG, JPEG or TIFF, or .npy")
+    _project_arguments(similar)
+    similar.add_argument("--run", metavar="URI", help="whose index; by default the champion's")
+    similar.add_argument("--k", type=int, default=5, metavar="NUMBER", help="how many, one of each patient; 1 to 100")
+    similar.add_argument(
+        "--where", action="append", default=[], metavar="NAME:VALUE", help="narrow down, label:normal or age:40..65; repeatable"
+    )
+    similar.add_argument("--out", type=Path, metavar="FILE.png", help="draw them beside the image")
     serve = _add(commands, "serve", "serve a bundle: /ping and /invocations (SageMaker's container contract)", _serve)
     serve.add_argument("--model", type=Path, help="bundle directory; by default where SageMaker, Vertex AI or Azure ML put it")
     serve.add_argument("--host", default="0.0.0.0")  # noqa: S104 - a container serves its network
     serve.add_argument("--port", type=int, default=8080)
+    fetch = _add(commands, "fetch", "copy a bundle from the storage into a folder, for `cvf serve --model`", _fetch)
+    fetch.add_argument("uri", metavar="URI", help="model.tar.gz, or a bundle directory: a path, file:// or s3://")
+    fetch.add_argument("folder", type=Path, metavar="FOLDER", help="where its files shall lie")
     gateway = _add(commands, "gateway", "the project's HTTP interface in front of its endpoint: /predict and others", _gateway)
     _project_arguments(gateway)
     gateway.add_argument("--host", default="127.0.0.1")
@@ -197,11 +212,11 @@ def _ordered(options: argparse.Namespace, order: Order | None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from cv_factory_ops.config import as_uri, load
-    from cv_factory_ops.stage import STAGES, TRAINING, run_stage
+    from cv_factory_ops.stage import STAGES, TRAINING, run_stage, training_of
 
     with _ended_by_sigterm(options.name, max(STAGES[name].grace_seconds for name in TRAINING)):
         config = load(options.config, options.set)
-        for name in TRAINING:
+        for name in training_of(config):
             run_stage(name, config, as_uri(options.run), force=options.force)
     return 0
 
@@ -210,13 +225,13 @@ def _retrain(options: argparse.Namespace) -> int:
     """Nothing to do is fine, so that a schedule may ask at any time."""
     from cv_factory_ops.config import load
     from cv_factory_ops.drift.decisions import next_retraining
-    from cv_factory_ops.stage import STAGES, TRAINING, run_stage
+    from cv_factory_ops.stage import STAGES, TRAINING, run_stage, training_of
 
     with _ended_by_sigterm(options.name, max(STAGES[name].grace_seconds for name in TRAINING)):
         config = load(options.config, ["data.include_captures=true", *options.set])
         run, told = next_retraining(config, datetime.now(UTC))
         print(f"{told}: {run}" if run else f"nothing to do: {told}")
-        for name in TRAINING if run else ():
+        for name in training_of(config) if run else ():
             run_stage(name, config, run)
     return 0
 
@@ -352,6 +367,27 @@ def _config_schema(options: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    """A line a finding, as it is made; what is missing is a matter of configuration (2)."""
+    import json
+    from collections import Counter
+
+    from cv_factory_ops.config import load
+    from cv_factory_ops.doctor.checkup import examine
+
+    findings = []
+    for finding in examine(load(options.config, options.set)):
+        findings.append(finding)
+        if not options.json:
+            print(finding, flush=True)
+    counts = Counter(finding.status for finding in findings)
+    if options.json:
+        print(json.dumps([finding.model_dump() for finding in findings], indent=1))
+    else:
+        print(f"{counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail")
+    return ConfigError.exit_code if counts["fail"] else 0
+
+
 def _receive(options: argparse.Namespace) -> int:
     from cv_factory_ops.config import load
     from cv_factory_ops.ingestion.receiver import receive
@@ -368,11 +404,28 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _similar(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import as_uri, load
+    from cv_factory_ops.similar import find
+
+    run = as_uri(options.run) if options.run else ""
+    print(find(load(options.config, options.set), run, options.image, options.k, options.where, options.out))
+    return 0
+
+
 def _serve(options: argparse.Namespace) -> int:
     from cv_factory_ops.serving.app import serve
     from cv_factory_ops.serving.mounted import bundle_folder
 
     serve(options.model or bundle_folder(), options.host, options.port)
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from cv_factory_ops.config import as_uri
+    from cv_factory_ops.serving.mounted import fetch
+
+    print(fetch(as_uri(options.uri), options.folder).digest)
     return 0
 
 

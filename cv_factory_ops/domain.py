@@ -123,11 +123,23 @@ class Domain(Protocol):
             Rejected: code ``identified``, or the study cannot be referred to.
         """
 
+    def finding(self, label: str, probability: float, abstained: bool, similar: Sequence[str]) -> str:
+        """What a model found, in one line for people: its label, how probable that is, whether a person should decide, and what
+        the labels are of the patients whose images are most like it, nearest first."""
+
     def report(
-        self, study: bytes, label: str, scores: Mapping[str, float], abstained: bool, model: str, software: Sequence[str]
+        self,
+        study: bytes,
+        label: str,
+        scores: Mapping[str, float],
+        abstained: bool,
+        model: str,
+        software: Sequence[str],
+        comment: str = "",
     ) -> bytes:
         """What a model answered for this study, as reports are kept beside studies: its label, the probability of each label,
-        and whether a person should decide; ``model`` and ``software`` are its name, and versions and digests.
+        and whether a person should decide; ``model`` and ``software`` are its name, and versions and digests, ``comment`` what
+        else is to be said of the finding, as of :meth:`finding`.
 
         Raises:
             Rejected: code ``identified``, or the study cannot be referred to.

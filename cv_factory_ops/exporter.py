@@ -1,5 +1,5 @@
-"""Drift, decisions and champion of projects for Prometheus: what their stored records say when it asks (``cvf exporter``), or
-pushed to a Pushgateway where a stage ``decide`` ends.
+"""Drift, decisions, trainings and champion of projects for Prometheus: what their stored records say when it asks
+(``cvf exporter``), or pushed to a Pushgateway where a stage ``decide`` ends.
 
 Labels are names of ours, of features and of metrics alone, never words from the headers of images as groups and categories have
 them; and the number of series of a project is bounded.
@@ -12,18 +12,18 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest, push_to_gateway
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, basic_auth_handler, default_handler
 from prometheus_client.registry import Collector
 
-from cv_factory_ops import audit, notify
+from cv_factory_ops import audit, notify, trained
 from cv_factory_ops.config import ProjectConfig, PushgatewayConfig
 from cv_factory_ops.drift.decisions import Decision, outcome, read, stored_uris
 from cv_factory_ops.errors import CvFactoryError, DataError
-from cv_factory_ops.records import DriftRecord, public_name
+from cv_factory_ops.records import DriftRecord, GateRecord, Record, Result, TrainRecord, public_name
 from cv_factory_ops.stage import read_result
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from cv_factory_ops.stage import Stage
 
 log = logging.getLogger("cvf")
+R = TypeVar("R", bound=Record)
 
 MOST_FEATURES = 200
 """Features of a project that are told of: those with the clearest drift."""
 PUSH_SECONDS = 10.0
 VERDICTS = ("drift", "no drift", "not enough data")
 OUTCOMES = ("open", "done", "refused")
+GATE = ("passed", "refused")
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "cvf_project_readable": ("1 where the project's records could be read, else 0", ()),
     "cvf_drift_last_check_timestamp_seconds": ("When the last drift check was decided on", ()),
@@ -61,6 +63,14 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "cvf_decision_cooldown_until_timestamp_seconds": ("End of the cooldown", ()),
     "cvf_retraining_decided_timestamp_seconds": ("When the last retraining was decided", ()),
     "cvf_retraining_outcome": ("1 at what came of it, 0 at the others", ("outcome",)),
+    "cvf_training_last_success_timestamp_seconds": ("When the last training ended well", ()),
+    "cvf_training_seconds": ("Wall time of its last try", ()),
+    "cvf_training_epochs": ("Epochs that it took", ()),
+    "cvf_training_images_per_second": ("Its speed, all processes together", ()),
+    "cvf_training_processes": ("Its processes", ()),
+    "cvf_training_validation": ("Its best on the validation split", ("metric",)),
+    "cvf_training_gate": ("1 at the gate's verdict on it, 0 at the other; none before the gate", ("verdict",)),
+    "cvf_training_test": ("Of challenger and champion on the locked test set", ("metric", "model")),
 }
 """Meaning and labels, beside ``project``, of each metric."""
 Samples = Iterator[tuple[str, tuple[str, ...], float]]
@@ -100,7 +110,12 @@ class _Project:
     def samples(self) -> Samples:
         try:
             self._read_decisions()
-            yield from [*self._drift_samples(), *self._decision_samples(), *_champion_samples(self._config)]
+            yield from [
+                *self._drift_samples(),
+                *self._decision_samples(),
+                *_champion_samples(self._config),
+                *_training_samples(self._config),
+            ]
             yield "cvf_project_readable", (), 1
         except CvFactoryError as error:
             log.warning("project %s: %s", self.name, error)
@@ -175,14 +190,44 @@ def _champion_samples(config: ProjectConfig) -> Samples:
         yield "cvf_model_champion_since_timestamp_seconds", (), moves[-1].time.timestamp()
 
 
+def _training_samples(config: ProjectConfig) -> Samples:
+    """Of the last training that ended well; none in the moment between its end and its record."""
+    if (last := trained.last(config)) and (found := _record(TrainRecord, last.run)):
+        result, training = found
+        yield "cvf_training_last_success_timestamp_seconds", (), last.time.timestamp()
+        yield "cvf_training_seconds", (), result.seconds
+        yield "cvf_training_epochs", (), training.epochs
+        yield "cvf_training_images_per_second", (), training.images_per_second
+        yield "cvf_training_processes", (), training.world_size
+        for metric, value in (("auc", training.val_auc), ("dice", training.val_dice)):
+            if value is not None:
+                yield "cvf_training_validation", (metric,), value
+        if judged := _record(GateRecord, last.run):
+            yield from _gate_samples(judged[1])
+
+
+def _gate_samples(gate: GateRecord) -> Samples:
+    yield from (("cvf_training_gate", (name,), float(gate.verdict == name)) for name in GATE)
+    for model, value in (("challenger", gate.challenger), ("champion", gate.champion)):
+        if value is not None:
+            yield "cvf_training_test", (gate.metric, model), value
+
+
 def _check_of(decision: Decision) -> tuple[str, str]:
     return decision.run, decision.drift_digest
 
 
 def _drift_record(run: str) -> DriftRecord | None:
-    """None where the run is gone, or of another version: the decision still tells the verdict."""
+    """None where the decision alone can tell the verdict."""
+    found = _record(DriftRecord, run)
+    return found[1] if found else None
+
+
+def _record(kind: type[R], run: str) -> tuple[Result, R] | None:
+    """A stage's record in its envelope; None where the stage has not run, the run is gone, or is of another version."""
     try:
-        return DriftRecord.model_validate(read_result(run, "drift").record)
+        result = read_result(run, kind.stage)
+        return result, kind.model_validate(result.record)
     except (DataError, ValueError):
         return None
 

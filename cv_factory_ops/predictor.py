@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -102,6 +103,14 @@ class Predictor:
         """(N, size, size[, 3]) prepared images -> probabilities (N, classes), or (N, classes, size, size) of pixels, and
         embedding (N, features)."""
         return infer(self._network, prepared, self._embedder, self.manifest.temperature)
+
+    def vectors(self, embedding: NDArray[np.float32], kind: Literal["components", "embedding"]) -> NDArray[np.float32]:
+        """(N, dimensions) what images are compared by, of their embedding (N, features): itself, or its components."""
+        return self._pca.transform(embedding).astype(np.float32) if kind == "components" else embedding
+
+    def dimensions(self, kind: Literal["components", "embedding"]) -> int:
+        """Of :meth:`vectors`."""
+        return int(self._pca.components.shape[0 if kind == "components" else 1])
 
     def _prediction(
         self, given: Input, probabilities: NDArray[np.float32], values: dict[str, str | float | None]

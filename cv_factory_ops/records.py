@@ -123,6 +123,17 @@ class TrainRecord(Record):
     """None where no warm start was asked for."""
 
 
+class IndexRecord(Record):
+    """``index/`` is the index of similar studies, see :mod:`cv_factory_ops.features.index`."""
+
+    stage = "index"
+    index: str
+    bundle_digest: str
+    """Of the bundle that it was made for."""
+    count: int
+    """Images that can be found."""
+
+
 class Subgroup(Frozen):
     """The challenger on one group of the locked test set, such as the women."""
 

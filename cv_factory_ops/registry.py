@@ -44,6 +44,8 @@ log = logging.getLogger("cvf")
 
 RUN_TAG = "cvf.run"
 """Tag of an MLflow run that names the run directory it belongs to: what a retry finds its run by."""
+DENIED = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
+"""What MLflow answers where login or rights are missing: no retry changes that."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def connect(config: ProjectConfig) -> MlflowClient:
     """A client of the project's tracking store.
 
     Raises:
+        ConfigError: it denies access.
         Unavailable: the store does not answer.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
@@ -78,8 +81,15 @@ def connect(config: ProjectConfig) -> MlflowClient:
     except ImportError as error:
         raise ConfigError(f"MLflow at {uri.split('@')[-1]}: this Python lacks {error.name or error}") from None
     except Exception as error:
-        raise Unavailable(f"MLflow at {uri.split('@')[-1]}: does not answer ({type(error).__name__})") from None
+        raise _not_connected(error, uri.split("@")[-1]) from None
     return client
+
+
+def _not_connected(error: Exception, place: str) -> ConfigError | Unavailable:
+    if getattr(error, "error_code", "") in DENIED:
+        cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of an account that may"
+        return ConfigError(f"MLflow at {place}: denies access; {cure}")
+    return Unavailable(f"MLflow at {place}: does not answer ({type(error).__name__})")
 
 
 def tracking_uri(config: ProjectConfig) -> str:
@@ -95,15 +105,15 @@ def tracking_uri(config: ProjectConfig) -> str:
 def open_run(client: MlflowClient, config: ProjectConfig, run: str, parent: str = "") -> str:
     """Id of the MLflow run of a run directory, or of a trial below one: that of an earlier try, or a new one; ``parent`` is the
     id of the run that it is shown below."""
-    experiment = _experiment(client, config)
+    found_in = experiment(client, config)
     query = f"tags.`{RUN_TAG}` = '{run}'"
-    found = client.search_runs([experiment], query, max_results=1)
+    found = client.search_runs([found_in], query, max_results=1)
     if found:
         run_id: str = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
         return run_id
     tags = {RUN_TAG: run, "cvf.project": config.project} | ({"mlflow.parentRunId": parent} if parent else {})
-    return str(client.create_run(experiment, run_name=run.rsplit("/", 1)[1], tags=tags).info.run_id)
+    return str(client.create_run(found_in, run_name=run.rsplit("/", 1)[1], tags=tags).info.run_id)
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
@@ -340,7 +350,8 @@ def _aliases(client: MlflowClient, name: str) -> audit.Aliases:
     return {alias: int(version.version) for alias, version in found.items() if version}
 
 
-def _experiment(client: MlflowClient, config: ProjectConfig) -> str:
+def experiment(client: MlflowClient, config: ProjectConfig) -> str:
+    """Id of the project's experiment, which is made where there is none."""
     found = client.get_experiment_by_name(config.project)
     if found:
         return str(found.experiment_id)
@@ -356,8 +367,8 @@ def explained(subject: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        lost = error.error_code == "RESOURCE_DOES_NOT_EXIST"
-        kind = DataError if lost else Unavailable
+        kinds = {"RESOURCE_DOES_NOT_EXIST": DataError, **dict.fromkeys(DENIED, ConfigError)}
+        kind = kinds.get(error.error_code, Unavailable)
         raise kind(f"{subject}: MLflow answered {error.error_code}: {' '.join(error.message.split())[:200]}") from None
 
 
@@ -367,8 +378,9 @@ def _by_alias(client: MlflowClient, name: str, alias: str) -> Any:
     try:
         return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
-        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            return None
+        unknown = error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+        if unknown or (error.error_code == "PERMISSION_DENIED" and not client.search_registered_models(f"name = '{name}'")):
+            return None  # with basic-auth, MLflow denies what it says of a model that is not there
         raise
 
 

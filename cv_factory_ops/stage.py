@@ -108,6 +108,12 @@ STAGES = {
         grace_seconds=20,
         assist="training.train:assist",
     ),
+    "index": Spec(
+        "indexing:run",
+        "embed the images and index them, for similar studies",
+        ("ingest", "preprocess", "train"),
+        ("labels", "retrieval"),
+    ),
     "evaluate": Spec(
         "evaluation.evaluate:run",
         "measure challenger and champion, write the model card",
@@ -184,7 +190,13 @@ STAGES = {
 }
 
 TRAINING = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "deploy", "verify", "evidence", "promote")
-"""The stages of a training, in order."""
+"""The stages of a training, in order; of a project with ``retrieval``, see :func:`training_of`."""
+
+
+def training_of(config: ProjectConfig) -> tuple[str, ...]:
+    """The stages of a project's training, in order."""
+    after = TRAINING.index("gate") + 1
+    return (*TRAINING[:after], "index", *TRAINING[after:]) if config.retrieval else TRAINING
 
 
 @dataclass(frozen=True)

@@ -264,10 +264,12 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tree_digest(folder: Path) -> str:
-    """SHA-256 over the sorted relative names and SHA-256 digests of a folder's files."""
-    lines = [f"{item.relative_to(folder).as_posix()} {sha256(item)}\n" for item in sorted(folder.rglob("*")) if item.is_file()]
-    return text_digest("".join(lines))
+def tree_digest(folder: Path, without: str = "") -> str:
+    """SHA-256 over the sorted relative names and SHA-256 digests of a folder's files, but those in its folder ``without``."""
+    files = {item.relative_to(folder): item for item in sorted(folder.rglob("*")) if item.is_file()}
+    return text_digest(
+        "".join(f"{name.as_posix()} {sha256(item)}\n" for name, item in files.items() if name.parts[0] != without)
+    )
 
 
 def _draft(target: Path) -> Path:

@@ -37,6 +37,7 @@ Environment variables, for what differs from machine to machine rather than from
 | `CVF_GATEWAY_RATE_STORAGE` | where the gateway counts requests, instead of `gateway.rate_storage`: for one with a password |
 | `CVF_CONFIGS` | folder that the DAG files read projects from (default: `configs/` beside `dags/`) |
 | `CVF_AWS_CONN_ID` | Airflow connection whose AWS credentials the stages are given |
+| `CVF_MLFLOW_CONN_ID` | Airflow connection (type `http`) whose address and login of MLflow the stages are given |
 | `CVF_GIT_SHA` | commit that a bundle names, where there is no repository |
 | `PET_NODE_RANK`, `CVF_GANG`, `POD_IP` | a training's node, launch and own address; pods are given them |
 | `CVF_GANG_PATIENCE` | seconds that the nodes of a training wait for one another (default: 600); pods are given it |

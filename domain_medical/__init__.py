@@ -88,12 +88,24 @@ class Medical:
 
         return secondary_capture(study, overlay, description, software)
 
+    def finding(self, label: str, probability: float, abstained: bool, similar: Sequence[str]) -> str:
+        from domain_medical.finding import finding
+
+        return finding(label, probability, abstained, similar)
+
     def report(
-        self, study: bytes, label: str, scores: Mapping[str, float], abstained: bool, model: str, software: Sequence[str]
+        self,
+        study: bytes,
+        label: str,
+        scores: Mapping[str, float],
+        abstained: bool,
+        model: str,
+        software: Sequence[str],
+        comment: str = "",
     ) -> bytes:
         from domain_medical.structured_report import structured_report
 
-        return structured_report(study, label, scores, abstained, model, software)
+        return structured_report(study, label, scores, abstained, model, software, comment)
 
     def segmentation(self, study: bytes, mask: NDArray[np.uint8], labels: Sequence[str], software: Sequence[str]) -> bytes:
         from domain_medical.segmentation import segmentation

@@ -17,7 +17,9 @@ from highdicom.sr import (
     ObservationContext,
     ObserverContext,
     QualitativeEvaluation,
+    RelationshipTypeValues,
     SourceImageForMeasurementGroup,
+    TextContentItem,
     TrackingIdentifier,
 )
 from pydicom import Dataset
@@ -48,13 +50,20 @@ _TEXT, _CODE = 64, 16
 
 
 def structured_report(
-    data: bytes, label: str, scores: Mapping[str, float], abstained: bool, model: str, software: Sequence[str]
+    data: bytes,
+    label: str,
+    scores: Mapping[str, float],
+    abstained: bool,
+    model: str,
+    software: Sequence[str],
+    comment: str = "",
 ) -> bytes:
     """A DICOM SR document that says what a model found in an image and how probable each of its labels is.
 
-    The finding is ``label``; ``scores``, 0..1, are of all labels, and ``abstained`` says that a person should decide. The model
-    is named as observer (a device) and as algorithm: by its name, and by ``software``, versions and digests. The document is
-    unverified and preliminary. Patient, study, dates and de-identification are the study's, as of
+    The finding is ``label``; ``scores``, 0..1, are of all labels, ``abstained`` says that a person should decide, and
+    ``comment`` is a text item (121106, DCM, "Comment") of the finding. The model is named as observer (a device) and as
+    algorithm: by its name, and by ``software``, versions and digests. The document is unverified and preliminary. Patient,
+    study, dates and de-identification are the study's, as of
     :func:`domain_medical.secondary_capture.secondary_capture`; the same arguments give the same file.
 
     Raises:
@@ -63,11 +72,12 @@ def structured_report(
     """
     study = referable(data, *REFERENCE)
     answers = [f"{name}={score}" for name, score in scores.items()]
-    name = "\n".join(["report", text(study, "SOPInstanceUID") or "", label, *answers, str(abstained), model, *software])
+    said = [label, *answers, str(abstained), model, *software, *([comment] if comment else [])]
+    name = "\n".join(["report", text(study, "SOPInstanceUID") or "", *said])
     try:
         report = ComprehensiveSR(
             evidence=[_evidence(study)],
-            content=_content(study, label, scores, abstained, model, software, name)[0],
+            content=_content(study, label, scores, abstained, model, software, comment, name)[0],
             series_instance_uid=uid(f"series\n{name}"),
             series_number=SERIES_NUMBER,
             sop_instance_uid=uid(f"instance\n{name}"),
@@ -108,6 +118,7 @@ def _content(
     abstained: bool,
     model: str,
     software: Sequence[str],
+    comment: str,
     name: str,
 ) -> MeasurementReport:
     device = DeviceObserverIdentifyingAttributes(
@@ -126,6 +137,9 @@ def _content(
         ],
         qualitative_evaluations=[QualitativeEvaluation(codes.DCM.CertaintyOfFinding, ABSTAINED)] if abstained else [],
     )
+    if comment:
+        said = TextContentItem(codes.DCM.Comment, comment, RelationshipTypeValues.CONTAINS)
+        finding[0].ContentSequence.append(said)
     return MeasurementReport(
         observation_context=ObservationContext(observer_device_context=ObserverContext(codes.DCM.Device, device)),
         procedure_reported=codes.SCT.ImagingProcedure,

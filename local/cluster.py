@@ -29,6 +29,8 @@ from local.stack import CHECKOUT, answers, mlflow_command
 IMAGE = os.environ.get("CVF_TEST_IMAGE", "localhost/host:1")
 """Any image with a C library like this machine's; it must be on the node."""
 PREFIX = Path(sys.executable).resolve().parents[1]
+LIBRARIES = [path for path in (Path("/usr/lib/x86_64-linux-gnu/libsqlite3.so.0"),) if path.exists()]
+"""What the interpreter needs of this machine that a bare image lacks."""
 KEYS = "keys"
 """Name of the Secret with the pseudonym key, in every namespace that is used."""
 
@@ -50,7 +52,7 @@ def runtime(namespace: str, shared: Path, **pod: Any) -> dict[str, Any]:
     """
     (shared / "user").mkdir(exist_ok=True)
     # The interpreter may lie below a home directory that other users must not enter.
-    own = dict.fromkeys((PREFIX, Path(sys.prefix), CHECKOUT, shared))
+    own = dict.fromkeys((PREFIX, Path(sys.prefix), CHECKOUT, shared, *LIBRARIES))
     mounts = [(shared / "user", Path.home()), *((path, path) for path in own)]
     settings = {
         "image": IMAGE,

@@ -171,10 +171,14 @@ class Stack:
 
 
 class Airflow:
-    """The few calls of Airflow's public REST API (v2) that the demo and the tests need."""
+    """The few calls of Airflow's public REST API (v2) that the demo and the tests need.
 
-    def __init__(self, address: str) -> None:
-        self._client = httpx.Client(base_url=f"{address}/api/v2", timeout=30, trust_env=False)
+    :param token: who asks, where that is asked
+    """
+
+    def __init__(self, address: str, token: str = "") -> None:
+        shown = {"Authorization": f"Bearer {token}"} if token else {}
+        self._client = httpx.Client(base_url=f"{address}/api/v2", headers=shown, timeout=30, trust_env=False)
 
     def health(self) -> dict[str, Any]:
         """State of each component; empty while the API server does not answer."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import yaml
 
 from cv_factory_ops import storage
 from tests.mock_kafka import MockCluster
+
+if TYPE_CHECKING:
+    from tests.pinecone_server import PineconeServer
 
 TINY: dict[str, Any] = {
     "project": "tiny",
@@ -159,3 +165,44 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     boto3.client("s3").create_bucket(Bucket=name)
     yield name
     storage._s3.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def chroma_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a Chroma server."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("chroma"), "run", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen([*command, "--path", tmp_path_factory.mktemp("chroma")], stdout=subprocess.DEVNULL)
+    try:
+        while server.poll() is None and not _answers(f"http://127.0.0.1:{port}/api/v2/heartbeat"):
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def pinecone_servers() -> Iterator[dict[str, PineconeServer]]:
+    """By metric, servers that answer as an index of Pinecone of 8 dimensions does."""
+    from tests.pinecone_server import pinecone
+
+    with pinecone(8, "cosine") as cosine, pinecone(8, "euclidean") as l2:
+        yield {"cosine": cosine, "l2": l2}
+
+
+@pytest.fixture(scope="module")
+def weaviate_server() -> Iterator[tuple[str, int]]:
+    """Address and gRPC port of a server that answers as Weaviate does."""
+    from tests.weaviate_server import weaviate
+
+    with weaviate() as address:
+        yield address

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,29 +20,31 @@ from cv_factory_ops.drift.decisions import retrainings
 from cv_factory_ops.records import IngestRecord
 from tests.conftest import TINY
 from tests.drift import Project, project_in, quiet
+from tests.helm import CHART, rendered
 from tests.records import put
 from tests.test_decide import checked
 
-MANIFEST = Path(__file__).parents[1] / "docker" / "monitoring" / "cronjob.yaml"
+SCRIPT = CHART / "files" / "drift.sh"
 
 
 @pytest.fixture(scope="module")
-def pod() -> dict[str, Any]:
-    pod = yaml.safe_load(MANIFEST.read_text())["spec"]["jobTemplate"]["spec"]["template"]["spec"]
-    assert isinstance(pod, dict)
-    return pod
+def job() -> dict[str, Any]:
+    """The job of the chart's drift check."""
+    found = rendered(CHART / "ci" / "production-values.yaml", "--kube-version", "1.32")
+    spec = found[("CronJob", "drift")]["spec"]["jobTemplate"]["spec"]
+    assert isinstance(spec, dict)
+    return spec
 
 
-def run_as_is(container: dict[str, Any], project: Project, home: Path) -> subprocess.CompletedProcess[str]:
-    """The container's command where nothing can be written to, its variables and no others set to places of this test."""
+def run_as_is(command: list[str], project: Project, home: Path) -> subprocess.CompletedProcess[str]:
+    """A job's command where nothing can be written to, its variables set to places of this test."""
     (home / "demo.yaml").write_text(yaml.safe_dump(project.config.model_dump(mode="json")))
     places = {"PROJECT": str(home / "demo.yaml"), "CVF_STORAGE": project.config.storage, "JOB": "demo-drift-29400015"}
+    places |= {"RUNS": f"{project.config.storage}/{project.config.project}/runs", "CVF_HOME": str(home)}
     places |= {"MLFLOW_TRACKING_URI": project.config.mlflow.tracking_uri, "CVF_PSEUDONYM_KEY": "a key for tests"}
-    places |= {"CVF_HOME": str(home)}
-    assert {variable["name"] for variable in container["env"]} == set(places)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        [*container["command"], *container["args"]],
+        command,
         cwd="/proc",  # not writable, for root neither
         env={name: os.environ[name] for name in os.environ if not name.startswith("CVF_")}
         | places
@@ -52,26 +55,30 @@ def run_as_is(container: dict[str, Any], project: Project, home: Path) -> subpro
     )
 
 
-def test_the_example_for_kubernetes_runs_as_it_is(pod: dict[str, Any], home: Path) -> None:
-    (container,) = pod["containers"]
+def test_the_chart_s_drift_check_runs_as_it_is(home: Path) -> None:
     project = project_in(home, "demo", f"sqlite:///{home}/mlflow.db")
     project.capture(quiet(np.random.default_rng(1), 12))
-    ended = run_as_is(container, project, home)
+    ended = run_as_is(["sh", "-euc", SCRIPT.read_text()], project, home)
     assert ended.returncode == 0, ended.stderr
-    drift, decide, retrain = ended.stdout.splitlines()
+    drift, decide = ended.stdout.splitlines()
     assert json.loads(drift)["record"]["verdict"] == "not enough data"
     decided = json.loads(decide)
     assert decided["record"]["retrain"] is False
-    assert decided["run"] == f"file://{home}/storage/demo/runs/cron.demo-drift-29400015"
-    assert retrain == "nothing to do: no retraining has been decided"
+    assert decided["run"] == f"{project.config.root}/runs/cron.demo-drift-29400015"
+    ended = run_as_is(["cvf", "retrain", "--config", str(home / "demo.yaml")], project, home)
+    assert ended.stdout == "nothing to do: no retraining has been decided\n"
 
 
-def test_the_example_for_kubernetes_works_in_a_folder_that_can_be_written_to(pod: dict[str, Any]) -> None:
+def test_the_chart_gives_the_drift_check_its_variables_and_a_folder_that_can_be_written_to(job: dict[str, Any]) -> None:
+    pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    (home,) = [variable["value"] for variable in container["env"] if variable["name"] == "CVF_HOME"]
-    empty = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    given = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert container["command"] == ["sh", "-euc", SCRIPT.read_text()]
+    assert set(re.findall(r"\$([A-Z]+)", SCRIPT.read_text())) <= set(given)
+    assert given["RUNS"] == "s3://imaging/cv-factory/chest_xray/runs"
     assert container["securityContext"]["readOnlyRootFilesystem"]
-    assert home in {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in empty}
+    empty = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    assert given["CVF_HOME"] in {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in empty}
 
 
 def test_a_home_that_cannot_be_written_to_is_one_line(
@@ -87,8 +94,8 @@ def test_a_home_that_cannot_be_written_to_is_one_line(
     assert "unexpected" not in told
 
 
-def test_exit_codes_that_end_the_job_are_those_that_a_retry_would_not_change() -> None:
-    rules = yaml.safe_load(MANIFEST.read_text())["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+def test_exit_codes_that_end_the_job_are_those_that_a_retry_would_not_change(job: dict[str, Any]) -> None:
+    rules = job["podFailurePolicy"]["rules"]
     assert [(rule["action"], rule["onExitCodes"]["values"]) for rule in rules] == [("FailJob", [2, 3, 4])]
 
 

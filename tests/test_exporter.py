@@ -1,10 +1,9 @@
-"""What Prometheus is told of projects: asked over HTTP, pushed to a gateway, and used by the dashboard and the alert rules."""
+"""What Prometheus is told of projects: asked over HTTP, and pushed to a gateway."""
 
 from __future__ import annotations
 
 import base64
 import http.server
-import json
 import logging
 import re
 import signal
@@ -20,14 +19,14 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from cv_factory_ops import audit, exporter, refusals, storage
+from cv_factory_ops import trained as trainings
 from cv_factory_ops.config import DecisionConfig, ProjectConfig, PushgatewayConfig
 from cv_factory_ops.exporter import FAMILIES
-from cv_factory_ops.gateway.metrics import Metrics as GatewayMetrics
 from cv_factory_ops.records import Performance, Quality
 from cv_factory_ops.stage import Order, run_stage
-from tests.bundles import free_port, start_cvf, wait_until, write_bundle
+from tests.bundles import free_port, start_cvf, wait_until
 from tests.conftest import TINY
-from tests.records import put
+from tests.records import gated, put, trained
 from tests.test_decide import Verdict, checked
 
 MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
@@ -68,6 +67,14 @@ def promoted(config: ProjectConfig, version: int, digest: str) -> None:
     audit.append(config, {}, change)
 
 
+def finished(config: ProjectConfig, name: str) -> str:
+    """A training whose bundle is made; returns its run."""
+    run = f"{config.root}/runs/{name}"
+    put(run, trained(f"{run}/train/bundle", "d" * 64, ""))
+    trainings.keep(config, run)
+    return run
+
+
 def asked(config: ProjectConfig, *others: ProjectConfig) -> dict[tuple[str, ...], float]:
     """Every sample by name and values of its labels, read by Prometheus' own parser."""
     from starlette.testclient import TestClient
@@ -95,8 +102,11 @@ def test_a_project_without_a_past_is_readable(config: ProjectConfig) -> None:
     assert asked(config) == {("cvf_project_readable", "tiny"): 1}
 
 
-def test_check_decision_performance_and_champion_are_told(config: ProjectConfig) -> None:
+def test_check_decision_performance_training_and_champion_are_told(config: ProjectConfig) -> None:
     promoted(config, 3, "c" * 64)
+    put(finished(config, "r0"), gated(()).model_copy(update={"challenger": 0.91, "champion": 0.9}))
+    ended = trainings.last(config)
+    assert ended
     decided(config, "r1", "no drift")
     decided(config, "r2", **FOUND)
     told = asked(config)
@@ -135,6 +145,16 @@ def test_check_decision_performance_and_champion_are_told(config: ProjectConfig)
         ("cvf_retraining_outcome", "tiny", "open"): 1,
         ("cvf_retraining_outcome", "tiny", "done"): 0,
         ("cvf_retraining_outcome", "tiny", "refused"): 0,
+        ("cvf_training_last_success_timestamp_seconds", "tiny"): ended.time.timestamp(),
+        ("cvf_training_seconds", "tiny"): 0,
+        ("cvf_training_epochs", "tiny"): 2,
+        ("cvf_training_images_per_second", "tiny"): 1,
+        ("cvf_training_processes", "tiny"): 1,
+        ("cvf_training_validation", "tiny", "auc"): 0.9,
+        ("cvf_training_gate", "tiny", "passed"): 1,
+        ("cvf_training_gate", "tiny", "refused"): 0,
+        ("cvf_training_test", "tiny", "auc", "challenger"): 0.91,
+        ("cvf_training_test", "tiny", "auc", "champion"): 0.9,
     }
     assert {sample[0] for sample in told} == set(FAMILIES), "every metric that is described is told"
 
@@ -157,6 +177,23 @@ def test_what_comes_later_is_told_at_the_next_question(config: ProjectConfig) ->
     told = samples(client.get("/metrics").text)
     assert told["cvf_drift_feature_p_value", "tiny", "score"] == 1e-9, "the same run, tried again"
     assert ("cvf_model_performance", "tiny", "auc", "measured") not in told
+
+
+def test_the_last_training_that_ended_well_is_told_once_its_record_lies_there(config: ProjectConfig) -> None:
+    finished(config, "r1")
+    first = asked(config)["cvf_training_last_success_timestamp_seconds", "tiny"]
+    trainings.keep(config, f"{config.root}/runs/r2")
+    assert asked(config) == {("cvf_project_readable", "tiny"): 1}, "it is about to be published"
+    refused = finished(config, "r2")
+    put(refused, gated(("auc is low",)))
+    told = asked(config)
+    assert told["cvf_training_last_success_timestamp_seconds", "tiny"] > first
+    assert told["cvf_training_gate", "tiny", "refused"] == 1
+    assert [sample[2:] for sample in told if sample[0] == "cvf_training_test"] == [("auc", "challenger")], (
+        "there is no champion"
+    )
+    storage.write_bytes(f"{config.root}/trained.json", b"{}")
+    assert asked(config) == {("cvf_project_readable", "tiny"): 0}
 
 
 def test_a_broken_project_leaves_the_others_alone(config: ProjectConfig, caplog: pytest.LogCaptureFixture) -> None:
@@ -269,75 +306,6 @@ def test_a_gateway_that_fails_is_one_warning(
     assert len(exporter.stored_uris(config)) == 1
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Every series of exporter, gateway and container, by what they really expose, with its labels."""
-    from cv_factory_ops.serving.metrics import Metrics as ServingMetrics
-
-    gateway = GatewayMetrics()
-    gateway.requests.labels("/predict", "200").observe(0.1)
-    serving = ServingMetrics(write_bundle(tmp_path_factory.mktemp("bundle"), 0), "torch")
-    serving.seconds.labels("predict", "200").observe(0.1)
-    serving.scores.labels("normal").observe(0.1)
-    found = {name: set(labels_of(name)) for name in FAMILIES}
-    for text in (gateway.text(), serving.text()):
-        for family in text_string_to_metric_families(text.decode()):
-            for sample in family.samples:
-                found.setdefault(sample.name, set()).update(sample.labels)
-    return found
-
-
-SCRAPED = {"job", "instance"}
-"""Labels that Prometheus adds."""
-FUNCTIONS = {"sum", "by", "on", "and", "rate", "increase", "time", "histogram_quantile", "bottomk"}
-
-
-def require_known(expression: str, known: dict[str, set[str]]) -> set[str]:
-    """Names of the series in an expression, once each is known, and each label that is selected or grouped by as well."""
-    names = set(re.findall(r"\bcvf_\w+", expression))
-    assert names <= known.keys(), names - known.keys()
-    for name, selector in re.findall(r"\b(cvf_\w+)\{([^}]*)\}", expression):
-        assert set(re.findall(r"(\w+)\s*[=!]~?", selector)) <= known[name] | SCRAPED, selector
-    labels = {label for group in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression) for label in group.split(", ")}
-    assert labels <= set().union(*(known[name] for name in names)) | SCRAPED, labels
-    bare = re.sub(r"\{[^}]*\}|\[\d+[smhd]\]|\b(?:by|on) \([^)]*\)", "", expression)
-    assert set(re.findall(r"[a-z_]\w*", bare)) - names <= FUNCTIONS
-    assert bare.count("(") == bare.count(")")
-    return names
-
-
-def test_alert_rules_use_what_is_exposed(known: dict[str, set[str]]) -> None:
-    groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
-    rules = [rule for group in groups for rule in group["rules"]]
-    assert len({rule["alert"] for rule in rules}) == len(rules)
-    for rule in rules:
-        names = require_known(rule["expr"], known)
-        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
-        assert re.fullmatch(r"\d+[smhd]", rule.get("for", "0s"))
-        assert rule["labels"]["severity"] in {"info", "warning", "critical"}
-        shown = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule["annotations"])))
-        assert shown <= set().union(*(known[name] for name in names)) | SCRAPED
-
-
-def test_the_dashboard_uses_what_is_exposed(known: dict[str, set[str]]) -> None:
-    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
-    used = set()
-    for panel in dashboard["panels"]:
-        for target in panel["targets"]:
-            used |= require_known(target["expr"], known)
-            assert target["datasource"]["uid"] == "${source}", "it must be importable anywhere"
-    assert set(FAMILIES) - used <= {
-        "cvf_project_readable",
-        "cvf_drift_alpha",
-        "cvf_model_champion_since_timestamp_seconds",
-        "cvf_model_performance_reference_low",
-        "cvf_decision_cooldown_until_timestamp_seconds",
-        "cvf_retraining_decided_timestamp_seconds",
-    }
-    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
-    assert len(set(places)) == len(places)
-
-
 def test_the_alert_for_performance_asks_what_the_page_calls_worse(config: ProjectConfig) -> None:
     """One series below another of the same labels."""
     groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
@@ -349,19 +317,3 @@ def test_the_alert_for_performance_asks_what_the_page_calls_worse(config: Projec
         told = asked(config)
         fires = told[left, "tiny", "auc", "measured"] < told[right, "tiny", "auc", "measured"]
         assert fires == performance.is_worse == (high == 0.88)
-
-
-def test_an_alert_for_drift_would_fire(config: ProjectConfig) -> None:
-    """The expressions that compare one series with one number, evaluated on what is exposed."""
-    decided(config, "r1", **FOUND)
-    refusals.keep(exporter.read(exporter.stored_uris(config)[-1]).retraining, "gate", "auc is low")
-    told = asked(config)
-    groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
-    simple = re.compile(r'(cvf_\w+)(?:\{\w+="([^"]*)"\})? == (\d)')
-    matches = {rule["alert"]: simple.fullmatch(rule["expr"]) for group in groups for rule in group["rules"]}
-    firing = {
-        alert
-        for alert, match in matches.items()
-        if match and told.get((match[1], "tiny", *filter(None, [match[2]]))) == float(match[3])
-    }
-    assert firing == {"CvfDrift", "CvfChallengerRefused"}

@@ -59,6 +59,7 @@ from cv_factory_ops.server import Refused
 from cv_factory_ops.stage import run_stage
 from domain_medical import DOMAIN
 from domain_medical.synthetic import studies
+from local import smoke
 from tests.bundles import IMAGE, free_port, npy, png, start_cvf, wait_until, write_bundle
 from tests.conftest import TINY
 
@@ -876,16 +877,22 @@ def test_the_commands_make_a_key_and_serve_until_sigterm(
 ) -> None:
     (tmp_path / "project.yaml").write_text(yaml.safe_dump(served.tree(access={"kind": "api_keys"})))
     assert main(["gateway-key", "--config", str(tmp_path / "project.yaml"), "one"]) == 0
-    assert KEY.fullmatch(capsys.readouterr().out.strip())
+    key = capsys.readouterr().out.strip()
+    assert KEY.fullmatch(key)
     port = free_port()
     process = start_cvf("gateway", "--config", str(tmp_path / "project.yaml"), "--port", str(port), folder=tmp_path)
     try:
         wait_until(lambda: process.poll() is not None or is_up(f"http://127.0.0.1:{port}/readyz"))
         refused = httpx.post(f"http://127.0.0.1:{port}/predict?patient=Curie", content=dicom(), trust_env=False)
         assert refused.status_code == 401
+        assert f" by model {served.bundle.digest[:12]} in " in smoke.ask(f"http://127.0.0.1:{port}", key)
+        with pytest.raises(SystemExit, match="/predict: 401 unauthorised"):
+            smoke.ask(f"http://127.0.0.1:{port}", "another key")
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) in {0, -signal.SIGTERM}
+    with pytest.raises(SystemExit, match="does not answer as a gateway"):
+        smoke.ask(f"http://127.0.0.1:{port}")
     log = (tmp_path / "gateway.log").read_text()
     assert "/predict 401 unauthorised" in log
     assert "Curie" not in log

@@ -16,6 +16,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
+from prometheus_client.parser import text_string_to_metric_families
 
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import pack
@@ -348,6 +349,14 @@ def test_a_serving_process_that_dies_is_started_again(server: Server, models: di
     assert server.digest("steady") == models["one_digest"]
 
 
+def answered(server: Server, endpoint: str) -> dict[str, float]:
+    """Requests that each variant has answered, as Prometheus is told; each family stands there once."""
+    families = list(text_string_to_metric_families(httpx.get(f"{server.url}/metrics", trust_env=False).text))
+    assert len({family.name for family in families}) == len(families)
+    counts = [sample for family in families for sample in family.samples if sample.name == "cvf_serving_request_seconds_count"]
+    return {count.labels["variant"]: count.value for count in counts if count.labels["endpoint"] == endpoint}
+
+
 def test_two_variants_share_the_traffic_and_can_be_chosen(server: Server, models: dict[str, Any]) -> None:
     variants = [variant("one", "A", InitialVariantWeight=1.0), variant("two", "B", InitialVariantWeight=0.0)]
     server.control.create_endpoint_config(EndpointConfigName="pair", ProductionVariants=variants)
@@ -356,6 +365,7 @@ def test_two_variants_share_the_traffic_and_can_be_chosen(server: Server, models
     assert {server.invoke("pair")["InvokedProductionVariant"] for _ in range(5)} == {"A"}
     chosen = server.invoke("pair", TargetVariant="B")
     assert json.loads(chosen["Body"].read())["bundle_digest"] == models["two_digest"]
+    assert answered(server, "pair") == {"A": 5, "B": 1}
     server.control.delete_endpoint(EndpointName="pair")
     wait_until(lambda: len(server.serving_processes()) == 1)
 

@@ -14,56 +14,22 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 from cv_factory_ops import registry, storage
-from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.config import load
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.evaluation.gate import judge
 from cv_factory_ops.promotion import locked_test
 from cv_factory_ops.records import Criterion, EvaluateRecord, GateRecord, PredictRecord, PromoteRecord, RegisterRecord
 from cv_factory_ops.stage import TRAINING, read_result, run_stage
 from local.stack import _free_port
-from tests.conftest import TINY
-
-
-class Loop:
-    """A finished first training in a home of its own, whose endpoint stays up for this module."""
-
-    def __init__(self, home: Path, port: int) -> None:
-        self.home, self.path, self.run = home, home / "project.yaml", (home / "runs" / "first").as_uri()
-        settings = {**TINY, "deploy": {"kind": "local", "url": f"http://127.0.0.1:{port}"}}
-        self.path.write_text(yaml.safe_dump(settings))
-        self.environment = {"CVF_HOME": str(home), "CVF_PSEUDONYM_KEY": "a key for tests"}
-
-    @property
-    def config(self) -> ProjectConfig:
-        return load(self.path)
-
-    def cvf(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cv_factory_ops.cli", *arguments]
-        # MLflow itself leaves its address in the environment of a process that has logged a model.
-        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-        return subprocess.run(command, env={**environment, **self.environment}, capture_output=True, text=True, timeout=600)
+from tests.loop import Loop, finished_loop
 
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    home = tmp_path_factory.mktemp("loop")
-    endpoint_log = home / "endpoint.log"
-    port = _free_port(8765)
-    command = [sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(home / "endpoint"), "--port", str(port)]
-    command += ["--files", str(home)]
-    with endpoint_log.open("wb") as log:
-        endpoint = subprocess.Popen(command, stdout=log, stderr=log)
-    loop = Loop(home, port)
-    try:
-        done = loop.cvf("run", "--config", str(loop.path), "--run", loop.run)
-        assert done.returncode == 0, done.stderr + endpoint_log.read_text()
-        yield loop
-    finally:
-        endpoint.terminate()
-        endpoint.wait(30)
+    with finished_loop(tmp_path_factory.mktemp("loop")) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

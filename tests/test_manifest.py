@@ -168,7 +168,7 @@ UNREACHABLE = {
 
 @pytest.mark.parametrize("case", UNREACHABLE)
 def test_what_a_pod_cannot_reach_is_refused_before_it_starts(case: str) -> None:
-    from cv_factory_airflow.manifest import require_reachable
+    from cv_factory_ops.reach import require_reachable
 
     sections, pod, stage, line = UNREACHABLE[case]
     config = project(pod, **sections)
@@ -178,7 +178,7 @@ def test_what_a_pod_cannot_reach_is_refused_before_it_starts(case: str) -> None:
 
 
 def test_what_lies_on_a_volume_is_reachable() -> None:
-    from cv_factory_airflow.manifest import require_reachable
+    from cv_factory_ops.reach import require_reachable
 
     volume = {"kind": "claim", "claim": "storage", "path": "/mnt/storage"}
     config = project({"volumes": [volume]}, storage="/mnt/storage", mlflow={"tracking_uri": "sqlite:////mnt/storage/m.db"})

@@ -36,13 +36,13 @@ from cv_factory_ops.answers import SegmentedPrediction
 from cv_factory_ops.bundle import Bundle, Pca
 from cv_factory_ops.config import EfficientNet, EnsembleModel, Member, Model, ResNet, SmallCnn, Unet, Vit
 from cv_factory_ops.domain import Decoded, DeidentificationConfig, open_domain, to_uint16
+from cv_factory_ops.engine import OpenVino, open_engine
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.models import Classifier, build, join
 from cv_factory_ops.predictor import Answer, Predictor
 from cv_factory_ops.segmentation import mask_of
 from cv_factory_ops.serving.app import create_app
 from cv_factory_ops.serving.batching import Batcher
-from cv_factory_ops.serving.engine import OpenVino, open_engine
 from cv_factory_ops.serving.settings import ServingSettings
 from domain_medical.structured_report import structured_report
 from tests.bundles import IMAGE, free_port, npy, png, start_cvf, wait_until, write_bundle
@@ -415,7 +415,7 @@ def test_an_engine_that_cannot_run_the_network_is_replaced_and_says_so(
     network = bundle.network()
     monkeypatch.setattr(Bundle, "network", lambda _: Untraceable(network))
     with caplog.at_level(logging.WARNING, logger="cvf"):
-        engine = open_engine(bundle, ServingSettings(threads=1))
+        engine = open_engine(bundle, "openvino", 1)
     assert engine.name == "torch"
     (record,) = caplog.records
     assert "OpenVINO cannot run this network, PyTorch does" in record.getMessage()
@@ -437,11 +437,10 @@ FORGOTTEN = """
 import faulthandler, signal, sys, threading
 from pathlib import Path
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.serving.engine import open_engine
-from cv_factory_ops.serving.settings import ServingSettings
+from cv_factory_ops.engine import open_engine
 
 faulthandler.enable()  # a signal stack of its own, as Python's handlers then use
-engines = [open_engine(Bundle.load(Path(sys.argv[1])), ServingSettings(threads=1))]
+engines = [open_engine(Bundle.load(Path(sys.argv[1])), "openvino", 1)]
 other = threading.Thread(target=engines.clear)
 other.start()
 other.join()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from cv_factory_ops import registry, storage
+from cv_factory_ops import registry, storage, trained
 from cv_factory_ops.bundle import Bundle, unpack
 from cv_factory_ops.config import AugmentConfig, ProjectConfig, load
-from cv_factory_ops.errors import ConfigError, Unavailable
+from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.models import build
 from cv_factory_ops.predictor import infer
 from cv_factory_ops.records import PreprocessRecord, TrainRecord
@@ -89,9 +90,14 @@ def test_a_training_leaves_a_bundle_and_repeats_itself_exactly(project: Project,
     assert bundle.digest == record.bundle_digest
     assert set(bundle.reference().columns) == set(bundle.manifest.features)
     assert {item.name for item in bundle.path.iterdir()} == {"bundle.json", "model.safetensors", "pca.npz", "reference.parquet"}
-    first = weights(home)
+    first, told = weights(home), trained.last(load(path))
+    assert told
+    assert told.run == run
     run_stage("train", load(path), run, force=True)
     assert weights(home) == first
+    again = trained.last(load(path))
+    assert again
+    assert again.time > told.time
     assert mlflow_runs(load(path), run) == [record.mlflow_run_id]
 
 
@@ -476,6 +482,25 @@ def test_the_archive_of_a_bundle_is_the_same_bytes_each_time(project: Project, h
     assert (home / "a.tar.gz").read_bytes() == (home / "b.tar.gz").read_bytes()
     unpack(home / "a.tar.gz", home / "copy")
     assert storage.tree_digest(home / "copy") == storage.tree_digest(bundle)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("../out", tarfile.REGTYPE), ("/out", tarfile.REGTYPE), ("link", tarfile.SYMTYPE), ("pipe", tarfile.FIFOTYPE)],
+)
+@pytest.mark.parametrize("has_filters", [True, False])
+def test_an_archive_that_reaches_out_of_its_folder_is_refused(
+    name: str, kind: bytes, has_filters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
+        tar.addfile(member)
+    if not has_filters:  # as in Python 3.11.0 to 3.11.3
+        monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(DataError, match=re.escape(f"{name} is not a file below it")):
+        unpack(tmp_path / "model.tar.gz", tmp_path / "model")
+    assert list((tmp_path / "model").iterdir() if (tmp_path / "model").exists() else []) == []
 
 
 def test_shards_are_the_prepared_images_in_the_order_of_their_rows(run: str, home: Path) -> None:

@@ -68,9 +68,9 @@ class AzureEndpoint:
         except AzureError as error:
             raise self._explained(error) from None
 
-    def config_name(self, bundle_digest: str) -> str:
+    def config_name(self, packed_digest: str) -> str:
         held = self._settings.model_dump(mode="json", exclude=ELSEWHERE)
-        return f"b{bundle_digest[:12]}-{storage.text_digest(str(sorted(held.items())))[:8]}"
+        return f"b{packed_digest[:12]}-{storage.text_digest(str(sorted(held.items())))[:8]}"
 
     def look(self) -> Seen | None:
         endpoint = self._get(self._endpoint)
@@ -245,7 +245,7 @@ class AzureEndpoint:
 
     def _copy(self, release: Release) -> str:
         """The bundle's files to the workspace's blob storage; returns their folder, as Azure ML names it."""
-        settings, prefix = self._settings, f"cv-factory/{self._project}/{release.bundle.digest}"
+        settings, prefix = self._settings, f"cv-factory/{self._project}/{release.bundle.packed_digest}"
         place = self._get(f"{self._workspace}/datastores/{settings.datastore}")
         if place is None or place["properties"].get("datastoreType") != "AzureBlob":
             raise ConfigError(f"deploy.datastore: {settings.datastore!r} given; allowed: a blob datastore of the workspace")

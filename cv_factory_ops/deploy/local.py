@@ -38,6 +38,7 @@ from cv_factory_ops.config import as_uri
 from cv_factory_ops.deploy.alarms import CloudWatch
 from cv_factory_ops.deploy.asynchronous import AsyncRequests
 from cv_factory_ops.deploy.control_plane import ControlPlane
+from cv_factory_ops.deploy.exposition import CONTENT_TYPE_LATEST, exposition
 from cv_factory_ops.deploy.shelf import ACCOUNT, REGION, ServiceError, places
 from cv_factory_ops.deploy.spool import Spool
 from cv_factory_ops.deploy.variants import Fleet, NotHealthy, TooSlow, Variant
@@ -77,7 +78,7 @@ def ensure_running(url: str, state: Path, files: Path | None = None) -> None:
     Raises:
         Unavailable: another program answers there, the address is not this machine's, or the server does not come up.
     """
-    if _answers(url):
+    if answers(url):
         return
     parts = urllib.parse.urlsplit(url)
     if parts.hostname not in LOOPBACK:
@@ -85,7 +86,7 @@ def ensure_running(url: str, state: Path, files: Path | None = None) -> None:
     state.mkdir(parents=True, exist_ok=True)
     with (state / "starting").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _answers(url):  # somebody else may have started it meanwhile
+        if not answers(url):  # somebody else may have started it meanwhile
             _start(url, parts.hostname, parts.port or 80, state, files)
 
 
@@ -119,7 +120,7 @@ def _start(url: str, host: str, port: int, state: Path, files: Path | None) -> N
             start_new_session=True,
         )
     deadline = time.monotonic() + START_SECONDS
-    while not _answers(url):
+    while not answers(url):
         if process.poll() is not None:
             raise Unavailable(f"{url}: the local endpoint did not start: {_last_line(state / 'server.log')}")
         if time.monotonic() > deadline:
@@ -128,7 +129,8 @@ def _start(url: str, host: str, port: int, state: Path, files: Path | None) -> N
 
 
 def create_app(state: Path, folders: Sequence[Path], hosts: Sequence[str]) -> Starlette:
-    """The application over a state directory: ``POST /``, ``POST /endpoints/<name>/[async-]invocations`` and ``GET /ping``.
+    """The application over a state directory: ``POST /``, ``POST /endpoints/<name>/[async-]invocations``, ``GET /ping`` and, of
+    all containers, ``GET /metrics``.
 
     Requests are answered that come to one of the ``hosts`` and name files below one of the ``folders`` only.
     """
@@ -151,6 +153,7 @@ def create_app(state: Path, folders: Sequence[Path], hosts: Sequence[str]) -> St
         Route("/endpoints/{name}/invocations", _invoke, methods=["POST"]),
         Route("/endpoints/{name}/async-invocations", _invoke_async, methods=["POST"]),
         Route("/ping", _ping),
+        Route("/metrics", _metrics),
     ]
     return Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
 
@@ -158,6 +161,11 @@ def create_app(state: Path, folders: Sequence[Path], hosts: Sequence[str]) -> St
 async def _ping(request: Request) -> Response:
     plane: ControlPlane = request.app.state.plane
     return JSONResponse({"endpoints": {item["EndpointName"]: item["EndpointStatus"] for item in plane.endpoints}})
+
+
+async def _metrics(request: Request) -> Response:
+    plane: ControlPlane = request.app.state.plane
+    return Response(await exposition(plane.traffic), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _control(request: Request) -> Response:
@@ -313,7 +321,7 @@ def _alone(state: Path) -> Iterator[None]:
         yield
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether our server answers there.
 
     Raises:

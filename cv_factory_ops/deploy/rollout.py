@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar, assert_never
 
+from cv_factory_ops import storage
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import AzureDeploy, LocalDeploy, ProjectConfig, SageMakerDeploy, VertexDeploy
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
+from cv_factory_ops.features.index import require_made_for
 from cv_factory_ops.promotion import require_may_roll_out
-from cv_factory_ops.records import DeployRecord, RegisterRecord
+from cv_factory_ops.records import DeployRecord, IndexRecord, RegisterRecord
 from cv_factory_ops.stage import Stage
 
 log = logging.getLogger("cvf")
@@ -108,7 +110,7 @@ def open_deployer(config: ProjectConfig) -> Deployer:
 
 
 def run(stage: Stage) -> DeployRecord:
-    """Roll the registered bundle out to the project's endpoint, and wait until it serves.
+    """Roll the registered bundle out to the project's endpoint, with its index where the run has one, and wait until it serves.
 
     Raises:
         DataError: the bundle is not the registered one, its container failed, or an alarm went off; the endpoint went back.
@@ -116,7 +118,8 @@ def run(stage: Stage) -> DeployRecord:
     """
     require_may_roll_out(stage)
     registered, name = stage.read(RegisterRecord), stage.config.endpoint_name
-    rolled_out = open_deployer(stage.config).roll_out(Release(_registered_bundle(stage, registered), stage.run, stage.out))
+    bundle = _with_index(stage, _registered_bundle(stage, registered))
+    rolled_out = open_deployer(stage.config).roll_out(Release(bundle, stage.run, stage.out))
     version, digest = registered.model_version, registered.bundle_digest
     return DeployRecord(
         summary=f"endpoint {name} serves model version {version} (bundle {digest[:12]})",
@@ -154,6 +157,18 @@ def _registered_bundle(stage: Stage, registered: RegisterRecord) -> Bundle:
             "it was changed afterwards"
         )
     return bundle
+
+
+def _with_index(stage: Stage, bundle: Bundle) -> Bundle:
+    """
+    Raises:
+        DataError: the run's index was made for another bundle.
+    """
+    if not storage.exists(f"{stage.run}/{IndexRecord.stage}/result.json"):
+        return bundle
+    index = stage.local(stage.read(IndexRecord).index)
+    require_made_for(index, bundle.digest)
+    return bundle.with_index(index, stage.out / "release")
 
 
 def _opened(config: ProjectConfig) -> Deployer:

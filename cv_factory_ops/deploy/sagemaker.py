@@ -59,7 +59,7 @@ class SageMaker:
         config, digest = self._config, release.bundle.digest
         with self._explained() as aws:
             client = aws.client("sagemaker")
-            name = f"{self._name}-{digest[:12]}-{shapes.settings_digest(config)}"
+            name = f"{self._name}-{release.bundle.packed_digest[:12]}-{shapes.settings_digest(config)}"
             more = config.deploy.tags if isinstance(config.deploy, SageMakerDeploy) else {}
             tags = {**more, "project": config.project, "run": release.run, "bundle-digest": digest}
             _create_model(client, config, name, _model_data(config, release), tags)
@@ -152,7 +152,7 @@ def describe(client: Any, endpoint_name: str) -> dict[str, Any] | None:
 
 def _model_data(config: ProjectConfig, release: Release) -> str:
     """URI of the bundle's ``model.tar.gz``, packed where it is not there yet."""
-    uri = f"{config.root}/models/{release.bundle.digest}/model.tar.gz"
+    uri = f"{config.root}/models/{release.bundle.packed_digest}/model.tar.gz"
     if not isinstance(config.deploy, LocalDeploy) and not uri.startswith("s3://"):
         raise ConfigError(f"storage: {config.storage!r} given; allowed: s3://bucket/prefix, where SageMaker can read it")
     if not storage.exists(uri):

@@ -53,7 +53,7 @@ class SplittingEndpoint(Protocol):
     def explained(self) -> AbstractContextManager[None]:
         """Turns what the service's clients raise into errors of ours."""
 
-    def config_name(self, bundle_digest: str) -> str:
+    def config_name(self, packed_digest: str) -> str:
         """Name of the deployment of a bundle by the settings of now; other settings are another deployment."""
 
     def look(self) -> Seen | None:
@@ -91,7 +91,7 @@ class ShiftingDeployer:
         self._name, self._settings, self._endpoint = config.endpoint_name, config.deploy, endpoint
 
     def roll_out(self, release: Release) -> RolledOut:
-        name, deadline = self._endpoint.config_name(release.bundle.digest), self._deadline()
+        name, deadline = self._endpoint.config_name(release.bundle.packed_digest), self._deadline()
         with self._endpoint.explained():
             self._endpoint.upload(name, release, deadline)
         previous = self._bring(name, self._settings.rollout, deadline)

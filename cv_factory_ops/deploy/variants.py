@@ -137,6 +137,13 @@ class Variant:
             if self._in_hand == 0:
                 self._idle.set()
 
+    async def metrics(self) -> str:
+        """What the container tells Prometheus; empty where it does not answer at once."""
+        try:
+            return (await self._client.get(f"{self._url}/metrics", timeout=2)).raise_for_status().text
+        except (httpx.HTTPError, RuntimeError):  # RuntimeError: it is being stopped
+            return ""
+
     async def drain(self) -> None:
         await self._idle.wait()
         await self.stop()

@@ -68,9 +68,9 @@ class VertexEndpoint:
         except (exceptions.GoogleAPIError, GoogleAuthError, RequestException) as error:
             raise self._explained(error) from None
 
-    def config_name(self, bundle_digest: str) -> str:
+    def config_name(self, packed_digest: str) -> str:
         held = self._settings.model_dump(mode="json", exclude=ELSEWHERE)
-        return f"{self._id}-{bundle_digest[:12]}-{storage.text_digest(str(sorted(held.items())))[:8]}"
+        return f"{self._id}-{packed_digest[:12]}-{storage.text_digest(str(sorted(held.items())))[:8]}"
 
     def look(self) -> Seen | None:
         is_changing = any(self._running(self._endpoint))  # asked first: what is done by now is in the description
@@ -107,7 +107,7 @@ class VertexEndpoint:
             return
         except exceptions.NotFound:
             pass
-        artifacts = f"{self._settings.staging}/{release.bundle.digest}"
+        artifacts = f"{self._settings.staging}/{release.bundle.packed_digest}"
         self._copy(release, artifacts)
         container = api.ModelContainerSpec(
             image_uri=self._settings.image,

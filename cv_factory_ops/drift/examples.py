@@ -6,7 +6,6 @@ these want that; what a person should look at first is left out. Those of the re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -17,10 +16,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cv_factory_ops import captures, registry, storage
-from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
+from cv_factory_ops.errors import CvFactoryError, Rejected
 from cv_factory_ops.ingestion.decode import decode_one, instances
 from cv_factory_ops.preprocessing.pipeline import prepare
-from cv_factory_ops.preprocessing.shards import INDEX, Index, one_a_patient
+from cv_factory_ops.preprocessing.shards import one_a_patient, read_image
 
 if TYPE_CHECKING:
     from cv_factory_ops.bundle import Bundle
@@ -73,26 +72,14 @@ def of_reference(stage: Stage, model: Champion, values: pd.Series, count: int) -
     """Images of the champion's run; ``values``: of each row of the bundle's reference."""
     try:
         uri = f"{registry.run_of(stage.config, model.version)}/preprocess"
-        index = Index.model_validate_json(storage.read_bytes(f"{uri}/{INDEX}"))
         table = pd.read_parquet(BytesIO(storage.read_bytes(f"{uri}/{SPLIT}.parquet")), columns=["patient"])
         places = one_a_patient(table)
         if len(places) != len(values):
             return Examples(left_out=["the champion's prepared images are not those of its reference any more"])
         rows = spread(values, count)
-        return Examples([_read(uri, index, int(places[row])) for row in rows], [float(values.iloc[row]) for row in rows])
+        return Examples([read_image(uri, SPLIT, int(places[row])) for row in rows], [float(values.iloc[row]) for row in rows])
     except (CvFactoryError, OSError, ValueError, KeyError):
         return Examples(left_out=["the champion's prepared images cannot be reached"])
-
-
-def _read(uri: str, index: Index, place: int) -> NDArray[np.uint16]:
-    """An image of the split by its number, and nothing else: all of them may be gigabytes."""
-    size = 2 * math.prod(index.image)
-    for file in index.splits[SPLIT]:
-        if place < file.images:
-            start = file.bytes - (file.images - place) * size
-            return np.frombuffer(storage.read_part(f"{uri}/{file.name}", start, size), "<u2").reshape(index.image)
-        place -= file.images
-    raise DataError(f"{uri}/{INDEX}: has fewer images than rows")
 
 
 def _decoded(stage: Stage, bundle: Bundle, capture: captures.Capture, number: int) -> Decoded:

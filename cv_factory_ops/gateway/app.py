@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import urllib.parse
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response
@@ -23,7 +24,7 @@ from starlette.exceptions import HTTPException
 
 import cv_factory_ops
 from cv_factory_ops import captures
-from cv_factory_ops.answers import Answer, ExplainedAnswer
+from cv_factory_ops.answers import Answer, ExplainedAnswer, SimilarAnswer
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.errors import CvFactoryError
 from cv_factory_ops.gateway.access import Gate, scheme
@@ -37,6 +38,7 @@ from cv_factory_ops.gateway.schema import (
     Predicted,
     PredictedBatch,
     Refusal,
+    SimilarStudies,
     Stored,
 )
 from cv_factory_ops.gateway.studies import Batches, Intake, Study, read_study, require_type
@@ -46,7 +48,7 @@ TOGETHER = 8
 """Studies of a batch that are under way at a time: one caller's batch leaves room for others."""
 LABELS_BYTES = 1 << 20
 """Of a body of late labels: a thousand of them, several times over."""
-Body = TypeVar("Body", Answer, ExplainedAnswer)
+Body = TypeVar("Body", Answer, ExplainedAnswer, SimilarAnswer)
 Method = Literal["grad_cam", "integrated_gradients", "lime", "shap"]
 REASONS = {
     400: "It cannot be used; `identified`: it is not de-identified",
@@ -124,11 +126,11 @@ class _Gateway:
         self.endpoint = Endpoint(config, metrics)
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="intake")
 
-    async def ask(self, study: Study, accept: str = "application/json", explain: str = "") -> tuple[str, Reply]:
+    async def ask(self, study: Study, accept: str = "application/json", more: str = "") -> tuple[str, Reply]:
         """Inference id and answer."""
         ready = await asyncio.get_running_loop().run_in_executor(self._threads, self.intake.ready, study)
         inference_id = str(uuid.uuid4())
-        return inference_id, await self.endpoint.invoke(ready.content, ready.content_type, inference_id, accept, explain)
+        return inference_id, await self.endpoint.invoke(ready.content, ready.content_type, inference_id, accept, more)
 
     async def predicted(self, study: Study) -> Predicted:
         """The answer for one study."""
@@ -157,11 +159,27 @@ class _Gateway:
     async def explained(self, study: Study, method: str, wants_study: bool) -> Explained | Response:
         """The answer with its reason; as a study of the domain, where that is wanted."""
         accept = self.intake.domain.content_type if wants_study else "application/json"
-        inference_id, reply = await self.ask(study, accept, method)
+        inference_id, reply = await self.ask(study, accept, f"explain={method}")
         if wants_study:
             return Response(reply.body, media_type=accept, headers={"X-Inference-Id": inference_id})
         answer = _understood(ExplainedAnswer, reply)
         return Explained(inference_id=inference_id, prediction=answer.predictions[0], bundle_digest=answer.bundle_digest)
+
+    async def similar(self, study: Study, k: int, filters: list[str]) -> SimilarStudies:
+        """The answer with similar studies."""
+        pairs = [given.partition(":") for given in filters]
+        if not all(separator for _, separator, _ in pairs):
+            raise Refused(400, "filter", "a filter is a name and a value, as in where=label:normal")
+        asked = [("similar", str(k)), *((name, value) for name, _, value in pairs)]
+        inference_id, reply = await self.ask(study, more=urllib.parse.urlencode(asked))
+        answer = _understood(SimilarAnswer, reply)
+        return SimilarStudies(
+            inference_id=inference_id,
+            prediction=answer.predictions[0],
+            similar=answer.similar[0],
+            finding=answer.findings[0],
+            bundle_digest=answer.bundle_digest,
+        )
 
     async def store(self, labels: dict[str, str]) -> int:
         """Keep late labels; returns how many."""
@@ -228,6 +246,16 @@ def _add_routes(app: FastAPI, gateway: _Gateway, config: ProjectConfig) -> None:
         """The answer with what it rests on; as a study with the picture in it, where `Accept` asks for the domain's type."""
         wants_study = domain_type in request.headers.get("accept", "").lower()
         return await gateway.explained(await read_study(request, limits.max_bytes), method, wants_study)
+
+    @app.post("/similar", response_model=SimilarStudies, responses=asking, openapi_extra=study_body, dependencies=[caller])
+    async def similar(
+        request: Request,
+        k: Annotated[int, Query(ge=1, le=100)] = 5,
+        where: Annotated[list[str] | None, Query(max_length=10)] = None,
+    ) -> SimilarStudies:
+        """The answer with the studies that are most like this one, one of each patient; `where=label:normal` and the like
+        narrow them down."""
+        return await gateway.similar(await read_study(request, limits.max_bytes), k, where or [])
 
     @app.post(
         "/feedback",
@@ -307,7 +335,9 @@ async def _invalid(_: Request, error: Exception) -> Response:
     """Which kind of mistake, and where; pydantic's own words, and names of the sender's, may quote values."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - what it is registered for
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][:2] if part in {"body", "query", "header", "labels", "method"})
+    place = ".".join(
+        str(part) for part in first["loc"][:2] if part in {"body", "query", "header", "labels", "method", "k", "where"}
+    )
     return refusal(Refused(422, "invalid", f"{place}: {first['type'].replace('_', ' ')}"))
 
 

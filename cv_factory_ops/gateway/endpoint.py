@@ -149,14 +149,14 @@ class Endpoint:
         self._described, self._status = -READY_SECONDS, ""
         self.breaker = Breaker(gateway.failures, gateway.open_seconds)
 
-    async def invoke(self, body: bytes, content_type: str, inference_id: str, accept: str, explain: str = "") -> Reply:
-        """The model's answer; ``explain`` names a method of explanation.
+    async def invoke(self, body: bytes, content_type: str, inference_id: str, accept: str, more: str = "") -> Reply:
+        """The model's answer; ``more`` is what it shall come with, ``explain=<method>`` or ``similar=<number>``.
 
         Raises:
             Refused: as the model refuses; of class :class:`NoAnswer` where there is no answer.
         """
         request = {"EndpointName": self._name, "Body": body, "ContentType": content_type, "Accept": accept}
-        request |= {"InferenceId": inference_id} | ({"CustomAttributes": f"explain={explain}"} if explain else {})
+        request |= {"InferenceId": inference_id} | ({"CustomAttributes": more} if more else {})
         self._budget.earn()
         tries = AsyncRetrying(
             stop=stop_after_attempt(self._attempts),

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from cv_factory_ops.answers import ExplainedPrediction, Prediction, SegmentedPrediction
+from cv_factory_ops.answers import ExplainedPrediction, Neighbour, Prediction, SegmentedPrediction
 from cv_factory_ops.records import Frozen
 
 INFERENCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -28,6 +28,15 @@ EXPLANATION: dict[str, Any] = {
     "insertion": 0.83,
     "insertion_random": 0.55,
 }
+NEIGHBOUR: dict[str, Any] = {
+    "id": "1c9e…",
+    "label": "opacity",
+    "distance": 0.07,
+    "patient": "8f14e45fceea167a5a36dedd",
+    "study": "c9f0f895fb98ab9159f51fd0",
+    "metadata": {"modality": "DX", "patient_age": 61.0},
+}
+FINDING = "opacity (probability 0.91); of 1 similar patients 1 have opacity"
 REFUSAL = {"error": "de-identify the study before sending it (PatientName is not empty)", "code": "identified"}
 
 
@@ -64,6 +73,27 @@ class Explained(Frozen):
     )
     inference_id: str
     prediction: ExplainedPrediction
+    bundle_digest: str
+
+
+class SimilarStudies(Frozen):
+    """The answer for a study, with those that are most like it."""
+
+    model_config = _example(
+        {
+            "inference_id": EXAMPLE_ID,
+            "prediction": PREDICTION,
+            "similar": [NEIGHBOUR],
+            "finding": FINDING,
+            "bundle_digest": "5f2b…",
+        }
+    )
+    inference_id: str
+    prediction: SegmentedPrediction | Prediction
+    similar: list[Neighbour]
+    """Nearest first, one of each patient."""
+    finding: str
+    """What the model found, and what similar patients have, in a line."""
     bundle_digest: str
 
 

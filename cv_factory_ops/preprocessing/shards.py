@@ -8,6 +8,7 @@ shards.json             the index: how many images in which file, sizes and SHA-
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -214,6 +215,22 @@ def read_rows(folder: Path, split: str) -> pd.DataFrame:
     return pd.read_parquet(folder / f"{split}.parquet")
 
 
+def read_image(uri: str, split: str, place: int) -> NDArray[np.uint16]:
+    """An image of a split by its number, and nothing else: all of them may be gigabytes.
+
+    Raises:
+        DataError: the index is missing or of another version, or there are not so many images.
+    """
+    index = _index_of(f"{uri}/{INDEX}", storage.read_bytes(f"{uri}/{INDEX}"))
+    size = 2 * math.prod(index.image)
+    for file in index.splits.get(split, ()):
+        if place < file.images:
+            start = file.bytes - (file.images - place) * size
+            return np.frombuffer(storage.read_part(f"{uri}/{file.name}", start, size), "<u2").reshape(index.image)
+        place -= file.images
+    raise DataError(f"{uri}/{INDEX}: has fewer images of {split} than rows")
+
+
 def one_a_patient(rows: pd.DataFrame) -> NDArray[np.intp]:
     """Places of the first image of each patient, and of all images whose patient is not known."""
     return np.flatnonzero((rows["patient"] == "") | ~rows["patient"].duplicated())
@@ -226,9 +243,17 @@ def read_index(folder: Path) -> Index:
         DataError: there is none, or it is of another version.
     """
     try:
-        return Index.model_validate_json((folder / INDEX).read_bytes())
-    except (OSError, ValidationError):
-        raise DataError(f"{folder / INDEX}: is not an index of shards; {CURE}") from None
+        content = (folder / INDEX).read_bytes()
+    except OSError:
+        content = b""
+    return _index_of(str(folder / INDEX), content)
+
+
+def _index_of(name: str, content: bytes) -> Index:
+    try:
+        return Index.model_validate_json(content)
+    except ValidationError:
+        raise DataError(f"{name}: is not an index of shards; {CURE}") from None
 
 
 def verify(folder: Path) -> None:

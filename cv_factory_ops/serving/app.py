@@ -3,7 +3,8 @@
 A request holds one study (the domain's content type, ``image/png``, ``image/jpeg``, ``image/tiff`` or ``application/x-npy``) or
 several (``application/json``, see :func:`cv_factory_ops.ingestion.decode.instances`; ``multipart/form-data``, a file each); the
 body of the answer is :class:`cv_factory_ops.answers.Answer`. With the header
-``X-Amzn-SageMaker-Custom-Attributes: explain=<method>`` it is :class:`cv_factory_ops.answers.ExplainedAnswer`. Where ``Accept``
+``X-Amzn-SageMaker-Custom-Attributes: explain=<method>`` it is :class:`cv_factory_ops.answers.ExplainedAnswer`, with
+``similar=<number>`` and an index in the bundle :class:`cv_factory_ops.answers.SimilarAnswer`. Where ``Accept``
 asks for the domain's content type, the answer is a study beside the one that was sent: a report, a segmentation, or a picture
 of the explanation.
 A refusal is ``{"error": one line, "code": reason}``. Nothing of a request is logged.
@@ -33,19 +34,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import cv_factory_ops
-from cv_factory_ops.answers import Answer, SegmentedPrediction
-from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.answers import Answer, SegmentedPrediction, SimilarAnswer
+from cv_factory_ops.bundle import INDEX, Bundle
 from cv_factory_ops.config import ExplanationMethod
 from cv_factory_ops.domain import Decoded, open_domain
+from cv_factory_ops.engine import open_engine
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected, without_values
 from cv_factory_ops.explainer import Explainer, as_study
+from cv_factory_ops.features.index import Index
 from cv_factory_ops.predictor import Input, Predictor
 from cv_factory_ops.segmentation import mask_of
 from cv_factory_ops.server import Refused, listen, run
 from cv_factory_ops.serving.batching import Batcher
-from cv_factory_ops.serving.engine import open_engine
 from cv_factory_ops.serving.metrics import CONTENT_TYPE_LATEST, Metrics
-from cv_factory_ops.serving.requests import Asked, Part, decoded, decoded_of_several, read
+from cv_factory_ops.serving.requests import Asked, Part, Similar, decoded, decoded_of_several, read
 from cv_factory_ops.serving.settings import ServingSettings
 
 log = logging.getLogger("cvf")
@@ -103,6 +105,8 @@ class Container:
         self.settings = settings
         self.predictor, self.metrics = _load(bundle_dir, settings)
         self.domain = open_domain(self.predictor.manifest.domain)
+        bundle = self.predictor.bundle
+        self.index = Index.open(bundle.path / INDEX, bundle.digest) if (bundle.path / INDEX).is_dir() else None
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="read")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="explain")  # who asks for reasons must not hold up the others
         self._places = threading.BoundedSemaphore(MOST_WAITING)
@@ -117,7 +121,8 @@ class Container:
 
     async def invocations(self, request: Request) -> Response:
         started = time.perf_counter()
-        kind = "explain" if "x-amzn-sagemaker-custom-attributes" in request.headers else "predict"
+        asks_more = request.headers.get("x-amzn-sagemaker-custom-attributes", "")
+        kind = asks_more.partition("=")[0] if asks_more.startswith(("explain=", "similar=")) else "predict"
         with self._counted():
             response = await self._guarded(request)
         self.metrics.seconds.labels(kind, str(response.status_code)).observe(time.perf_counter() - started)
@@ -180,17 +185,35 @@ class Container:
         probabilities, embedding = (np.stack(values) for values in zip(*outputs, strict=True))
         answer = self.predictor.conclude(inputs, probabilities, embedding)
         self.metrics.count(answer.predictions)
+        told = self._with_similar(answer, inputs, embedding, asked.similar) if asked.similar else answer
         if asked.wants_study:
-            return Response(self._report(asked.parts[0].content, answer), media_type=self.domain.content_type)
-        return Response(answer.model_dump_json(), media_type="application/json")
+            comment = told.findings[0] if isinstance(told, SimilarAnswer) else ""
+            return Response(self._report(asked.parts[0].content, answer, comment), media_type=self.domain.content_type)
+        return Response(told.model_dump_json(), media_type="application/json")
 
-    def _report(self, study: bytes, answer: Answer) -> bytes:
+    def _with_similar(
+        self, answer: Answer, inputs: Sequence[Input], embedding: NDArray[np.float32], wanted: Similar
+    ) -> SimilarAnswer:
+        if self.index is None:
+            raise Rejected("no_index", "this bundle is served without an index of similar studies")
+        where = self.index.where(wanted.filters)
+        vectors = self.predictor.vectors(embedding, self.index.manifest.retrieval.vector)
+        similar = [
+            self.index.similar(vector, wanted.k, where, given.metadata) for vector, given in zip(vectors, inputs, strict=True)
+        ]
+        findings = [
+            self.domain.finding(given.label, given.scores[given.label], given.abstained, [each.label for each in found])
+            for given, found in zip(answer.predictions, similar, strict=True)
+        ]
+        return SimilarAnswer(**dict(answer), similar=similar, findings=findings)
+
+    def _report(self, study: bytes, answer: Answer, comment: str) -> bytes:
         """The first prediction as a study beside the one that it is about."""
         given, manifest = answer.predictions[0], self.predictor.manifest
         software = (f"cv-factory {cv_factory_ops.__version__}", answer.bundle_digest)
         if isinstance(given, SegmentedPrediction):
             return self.domain.segmentation(study, mask_of(given), manifest.labels[1:], software)
-        return self.domain.report(study, given.label, given.scores, given.abstained, manifest.project, software)
+        return self.domain.report(study, given.label, given.scores, given.abstained, manifest.project, software, comment)
 
     async def _explained(self, asked: Asked, method: ExplanationMethod) -> Response:
         if not self._places.acquire(blocking=False):
@@ -224,7 +247,7 @@ def _load(bundle_dir: Path, settings: ServingSettings) -> tuple[Predictor, Metri
     """A predictor that has answered once, so that the first request is as fast as the others, and its metrics."""
     try:
         bundle = Bundle.load(bundle_dir)
-        engine = open_engine(bundle, settings)
+        engine = open_engine(bundle, settings.engine, settings.threads)
         predictor = Predictor(bundle, engine.network)
         predictor.warm_up()
         return predictor, Metrics(bundle, engine.name)

@@ -1,13 +1,17 @@
-"""Where a service has put the bundle that a container shall serve."""
+"""Where a service has put the bundle that a container shall serve, and how it gets there where none does."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
+from cv_factory_ops import storage
+from cv_factory_ops.bundle import Bundle, unpack
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 
 
@@ -30,6 +34,26 @@ def bundle_folder() -> Path:
             raise DataError(f"{mounted}: holds {len(found)} model bundles; allowed is one")
         return found[0]
     return Path(os.environ.get("SM_MODEL_DIR", "/opt/ml/model"))
+
+
+def fetch(uri: str, folder: Path) -> Bundle:
+    """Lay a bundle out in a folder: the storage's ``models/<digest>/model.tar.gz``, or a bundle's directory.
+
+    Raises:
+        DataError: nothing is there, it is no bundle, or another than the digest in its address says.
+        Unavailable: the storage does not answer.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        found = storage.local(uri.rstrip("/"), Path(name))
+        if found.is_dir():
+            shutil.copytree(found, folder, dirs_exist_ok=True)
+        else:
+            unpack(found, folder)
+    bundle = Bundle.load(folder)
+    named = re.fullmatch(r".*/([0-9a-f]{64})/model\.tar\.gz", uri)
+    if named and named[1] != bundle.packed_digest:
+        raise DataError(f"{uri}: holds the bundle {bundle.packed_digest}, another than its address says")
+    return bundle
 
 
 def _downloaded(uri: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from cv_factory_ops.config import EXPLANATIONS, Decoding, ExplanationMethod
 from cv_factory_ops.domain import Decoded, Domain
 from cv_factory_ops.errors import Rejected
+from cv_factory_ops.features.index import MOST
 from cv_factory_ops.ingestion.decode import PICTURES, decode_one, instances
 from cv_factory_ops.server import LARGEST_BODY, Refused, read_body
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 IMAGES = (*PICTURES, "application/x-npy")
-CUSTOM_ATTRIBUTES = {f"explain={name}": method for name, method in EXPLANATIONS.items()}
+ALLOWED = ", ".join([*(f"explain={name}" for name in EXPLANATIONS), "similar=5, with filters as in similar=5&label=normal"])
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Similar:
+    """Similar studies that an answer shall come with."""
+
+    k: int
+    filters: tuple[tuple[str, str], ...]
+    """Names and values, see :meth:`cv_factory_ops.features.index.Index.where`."""
+
+
+@dataclass(frozen=True)
 class Asked:
     """A request that can be tried to answer."""
 
     parts: list[Part]
     method: ExplanationMethod | None
     """How the answer is explained, if at all."""
+    similar: Similar | None
+    """What it comes with."""
     wants_study: bool
     """The answer is a study of the domain beside the one of :attr:`parts`; else it is JSON."""
 
@@ -52,16 +65,27 @@ async def read(request: Request, domain: Domain, most_images: int) -> Asked:
     content_type = given.partition(";")[0].strip().lower()
     _require_allowed(content_type, (domain.content_type, *IMAGES, JSON, MULTIPART))
     attributes = request.headers.get("x-amzn-sagemaker-custom-attributes", "")
-    if attributes and attributes not in CUSTOM_ATTRIBUTES:
-        allowed = ", ".join(CUSTOM_ATTRIBUTES)
-        raise Refused(400, "custom_attributes", f"custom attributes {attributes[:80]!r} given; allowed: {allowed}")
+    method, similar = _attributes(attributes)
     wants_study = domain.content_type in request.headers.get("accept", "").lower()
     if wants_study and content_type != domain.content_type:
         raise Refused(406, "accept", f"an answer comes as {domain.content_type} where one study of that type is sent")
     if (body := await read_body(request)) is None:
         raise Refused(413, "too_large", f"the body is larger than {LARGEST_BODY} bytes")
     parts = [Part(body, content_type)] if content_type != MULTIPART else await _files(request, body, domain, most_images)
-    return Asked(parts, CUSTOM_ATTRIBUTES.get(attributes), wants_study)
+    return Asked(parts, method, similar, wants_study)
+
+
+def _attributes(given: str) -> tuple[ExplanationMethod | None, Similar | None]:
+    """What the header asks for: a form's pairs, of which the first says what and the others are filters."""
+    (name, value), *filters = urllib.parse.parse_qsl(given, keep_blank_values=True) or [("", "")]
+    match name:
+        case "" if not given:
+            return None, None
+        case "explain" if value in EXPLANATIONS and not filters:
+            return EXPLANATIONS[value], None
+        case "similar" if value.isdecimal() and 1 <= int(value) <= MOST:
+            return None, Similar(int(value), tuple(filters))
+    raise Refused(400, "custom_attributes", f"custom attributes {given[:80]!r} given; allowed: {ALLOWED}")
 
 
 def decoded(part: Part, domain: Domain, decoding: Decoding) -> list[Decoded]:

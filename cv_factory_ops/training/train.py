@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cv_factory_ops import protocol, storage
+from cv_factory_ops import protocol, storage, trained
 from cv_factory_ops.config import PLACEMENT, CnnEmbedding, ProjectConfig, TrainingConfig, VitEmbedding, as_uri
 from cv_factory_ops.errors import CvFactoryError, DataError, Interrupted, PeerLost, Unavailable
 from cv_factory_ops.records import Frozen, IngestRecord, PreprocessRecord, TrainRecord, WarmStart
@@ -169,8 +169,12 @@ def _begun_with(found: WarmStart | None) -> str:
 
 
 def record(stage: Stage, mlflow_page: str, **found: Any) -> TrainRecord:
-    """The record of the bundle that lies in the private folder; beside it is kept what it was made with."""
+    """The record of the bundle that lies in the private folder; beside it is kept what it was made with.
+
+    That a training has ended well is told before it is published: a crash between both ends in a next try, which tells it again.
+    """
     protocol.keep(stage.config, stage.out / protocol.FOLDER)
+    trained.keep(stage.config, stage.run)
     return TrainRecord(
         links={"mlflow": mlflow_page} if mlflow_page else {},
         bundle=stage.uri("bundle"),

@@ -6,27 +6,22 @@ right to ask the cluster for anything.
 
 from __future__ import annotations
 
-import posixpath
-from pathlib import PurePosixPath
 from typing import Any, assert_never
-from urllib.parse import unquote, urlsplit
 
 from airflow.providers.cncf.kubernetes.pod_generator import make_safe_label_value
 
 from cv_factory_ops.config import (
-    SECRET_VALUE,
     ClaimVolume,
     ConfigMapVolume,
     HostVolume,
     KubernetesRuntime,
-    LocalDeploy,
     PodSettings,
     ProjectConfig,
     SecretVolume,
     Toleration,
     Volume,
 )
-from cv_factory_ops.errors import ConfigError
+from cv_factory_ops.reach import is_read_only
 
 PROJECT_FOLDER = "/etc/cv-factory"
 PROJECT_FILE = f"{PROJECT_FOLDER}/project.yaml"
@@ -79,65 +74,6 @@ def manifest(
             "volumes": [*_own_volumes(pod), *(_volume(number, volume) for number, volume in enumerate(pod.volumes))],
         },
     }
-
-
-def require_reachable(project: ProjectConfig, runtime: KubernetesRuntime, stage: str, run: str) -> None:
-    """Refuse what a pod could not see: files that lie on none of its volumes, servers of another machine's loopback.
-
-    Raises:
-        ConfigError: with one line that says what to set.
-    """
-    pod = runtime.pod_of(stage)
-    if (parts := urlsplit(run)).scheme == "file" and not _on_a_volume(unquote(parts.path), pod, to_write=True):
-        raise ConfigError(
-            f"storage: {run} lies on no volume of the pods; set storage to s3://... or mount it by runtime.pod.volumes"
-        )
-    elsewhere = "MLFLOW_TRACKING_URI" in pod.secret_env or pod.env_from_secrets
-    tracking = pod.env.get("MLFLOW_TRACKING_URI") or ("" if elsewhere else project.mlflow.tracking_uri)
-    if SECRET_VALUE.search(tracking):
-        raise ConfigError("mlflow.tracking_uri: holds a password; give MLFLOW_TRACKING_URI by runtime.pod.secret_env")
-    if tracking.startswith("sqlite:") and not _on_a_volume(tracking.removeprefix("sqlite:///"), pod, to_write=True):
-        raise ConfigError(
-            f"mlflow.tracking_uri: {tracking} is a file on no volume of the pods; "
-            "set it, or MLFLOW_TRACKING_URI in runtime.pod.env, to the address of a server"
-        )
-    if stage in {"ingest", "predict"} and not (pod.env_from_secrets or "CVF_PSEUDONYM_KEY" in pod.secret_env):
-        raise ConfigError("runtime.pod.secret_env: CVF_PSEUDONYM_KEY is missing; all pods need the same key, from a Secret")
-    for name, path in _places_to_read(project, stage):
-        if "://" not in path and not _on_a_volume(path, pod):
-            raise ConfigError(f"{name}: {path} lies on no volume of the pods; give an absolute path on one, or s3://...")
-    if stage == "train" and pod.gpus and pod.gpus != project.training.processes_per_node:
-        raise ConfigError(
-            f"training.processes_per_node: {project.training.processes_per_node} given, "
-            f"the pods have gpus: {pod.gpus}; allowed: one process for each GPU"
-        )
-    if stage in {"deploy", "verify", "promote"} and isinstance(project.deploy, LocalDeploy):
-        url = pod.env.get("AWS_ENDPOINT_URL_SAGEMAKER") or project.deploy.url
-        if urlsplit(url).hostname in {"127.0.0.1", "localhost"}:
-            raise ConfigError(f"deploy.url: {url} is another machine to a pod; set it to an address that pods reach")
-
-
-def _on_a_volume(path: str, pod: PodSettings, *, to_write: bool = False) -> bool:
-    place = PurePosixPath(posixpath.normpath(path))
-    volumes = [volume for volume in pod.volumes if not (to_write and _is_read_only(volume))]
-    return any(place.is_relative_to(volume.path) for volume in volumes)
-
-
-def _is_read_only(volume: Volume) -> bool:
-    return volume.read_only if isinstance(volume, ClaimVolume | HostVolume) else True
-
-
-def _places_to_read(project: ProjectConfig, stage: str) -> list[tuple[str, str]]:
-    """Settings of a stage that name files which the user provides, and their values."""
-    source = project.data.source
-    match stage:
-        case "ingest":
-            given = {"data.source.path": getattr(source, "path", None), "data.source.labels": getattr(source, "labels", None)}
-        case "predict":
-            given = {"batch.path": project.batch.path}
-        case _:
-            given = {}
-    return [(name, path) for name, path in given.items() if path]
 
 
 def _container(project: ProjectConfig, runtime: KubernetesRuntime, stage: str, command: list[str]) -> dict[str, Any]:
@@ -222,5 +158,5 @@ def _volume(number: int, volume: Volume) -> dict[str, Any]:
 
 
 def _mount(number: int, volume: Volume) -> dict[str, Any]:
-    mount = {"name": f"volume-{number}", "mountPath": volume.path, "readOnly": _is_read_only(volume)}
+    mount = {"name": f"volume-{number}", "mountPath": volume.path, "readOnly": is_read_only(volume)}
     return mount | ({"subPath": volume.sub_path} if isinstance(volume, ClaimVolume) and volume.sub_path else {})

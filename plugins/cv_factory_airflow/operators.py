@@ -47,6 +47,7 @@ class StageOperator(BaseOperator):
     :param settings: settings that the DAG itself fixes; ``overrides`` win over them
     :param runtime: where the stage runs: ``process`` is this machine, ``kubernetes`` the pods of the project's ``runtime``
     :param aws_conn_id: Airflow connection whose AWS credentials the stage's process is given
+    :param mlflow_conn_id: Airflow connection, of type ``http``, whose address and login of MLflow the stage's process is given
     """
 
     stage: ClassVar[str]
@@ -67,6 +68,7 @@ class StageOperator(BaseOperator):
         settings: Mapping[str, Any] | None = None,
         runtime: str = "{{ params.runtime }}",
         aws_conn_id: str | None = None,
+        mlflow_conn_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -77,6 +79,7 @@ class StageOperator(BaseOperator):
         self.settings = settings
         self.runtime = runtime
         self.aws_conn_id = aws_conn_id
+        self.mlflow_conn_id = mlflow_conn_id
 
     def execute(self, context: Context) -> dict[str, Any]:
         match self.runtime:
@@ -164,7 +167,7 @@ class StageOperator(BaseOperator):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                env=os.environ | self._aws_environment(),
+                env=os.environ | self._aws_environment() | self._mlflow_environment(),
                 start_new_session=True,
             )
             try:
@@ -221,6 +224,20 @@ class StageOperator(BaseOperator):
             "AWS_ENDPOINT_URL": hook.conn_config.endpoint_url,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+    def _mlflow_environment(self) -> dict[str, str]:
+        """Pods take theirs from Secrets (``runtime.pod.secret_env``): what is in their manifest, many may read."""
+        if self.mlflow_conn_id is None:
+            return {}
+        from airflow.sdk import Connection
+
+        found = Connection.get(self.mlflow_conn_id)
+        host, port = found.host or "", f":{found.port}" if found.port else ""
+        address = host if "://" in host else f"{found.schema or 'http'}://{host}"
+        given = {"MLFLOW_TRACKING_URI": f"{address}{port}"}
+        if found.login:
+            given |= {"MLFLOW_TRACKING_USERNAME": found.login, "MLFLOW_TRACKING_PASSWORD": found.password or ""}
+        return given
 
 
 def form_settings(data: str, overrides: str, fixed: Mapping[str, Any] | None = None) -> list[str]:
@@ -299,6 +316,13 @@ class GateOperator(StageOperator):
 
     stage = "gate"
     ui_color = "#fdeecb"
+
+
+class IndexOperator(StageOperator):
+    """Index the images, so that answers may come with similar studies."""
+
+    stage = "index"
+    ui_color = "#d5f0dd"
 
 
 class RegisterOperator(StageOperator):

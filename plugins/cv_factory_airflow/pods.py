@@ -53,8 +53,9 @@ from cv_factory_airflow.gang import (
     tag,
     waiting_since,
 )
-from cv_factory_airflow.manifest import LABEL, manifest, require_reachable
+from cv_factory_airflow.manifest import LABEL, manifest
 from cv_factory_ops.config import KubernetesRuntime, ProjectConfig
+from cv_factory_ops.reach import require_reachable
 
 if TYPE_CHECKING:
     from airflow.sdk import Context

@@ -20,6 +20,7 @@ from cv_factory_airflow.operators import (
     EvaluateOperator,
     EvidenceOperator,
     GateOperator,
+    IndexOperator,
     IngestOperator,
     PreprocessOperator,
     PromoteOperator,
@@ -96,6 +97,7 @@ def dag_settings(path: Path, config: ProjectConfig, schedule: str | None = None)
             "max_retry_delay": timedelta(minutes=5),
             "execution_timeout": timedelta(hours=2),
             "aws_conn_id": os.environ.get("CVF_AWS_CONN_ID"),
+            "mlflow_conn_id": os.environ.get("CVF_MLFLOW_CONN_ID"),
         },
     }
 
@@ -108,6 +110,7 @@ def training_stages(config: ProjectConfig, settings: Mapping[str, Any] | None = 
         TrainOperator(task_id="train", settings=settings, execution_timeout=timedelta(days=1)),
         EvaluateOperator(task_id="evaluate", settings=settings),
         GateOperator(task_id="gate", settings=settings),
+        *((IndexOperator(task_id="index", settings=settings),) if config.retrieval else ()),
         RegisterOperator(task_id="register", settings=settings),
         *(approval(config.approval, settings) if config.approval.enabled else ()),
         DeployOperator(task_id="deploy", settings=settings),

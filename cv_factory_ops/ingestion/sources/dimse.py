@@ -27,6 +27,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     StudyRootQueryRetrieveInformationModelFind,
     StudyRootQueryRetrieveInformationModelGet,
     StudyRootQueryRetrieveInformationModelMove,
+    Verification,
 )
 
 from cv_factory_ops.config import DimseSource
@@ -96,6 +97,20 @@ class Dimse:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ae.shutdown()
+
+    def echo(self) -> None:
+        """Whether the PACS lets us in, answers C-ECHO, and offers the queries and retrieves that a fetch will ask for.
+
+        Raises:
+            ConfigError, Unavailable: it does not.
+        """
+        find, move = StudyRootQueryRetrieveInformationModelFind, StudyRootQueryRetrieveInformationModelMove
+        get: Any = StudyRootQueryRetrieveInformationModelGet
+        for model in (find, move if self._source.retrieve == "c_move" else get):
+            with self._associated([build_context(model)]):  # each by itself: of several contexts one would do
+                pass
+        with self._associated([build_context(Verification)]) as association:
+            self._check(association.send_c_echo(), "C-ECHO")
 
     def studies(self) -> Iterator[str]:
         with self._associated([build_context(StudyRootQueryRetrieveInformationModelFind)]) as association:

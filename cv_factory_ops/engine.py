@@ -1,4 +1,5 @@
-"""What runs a bundle's network at serving: OpenVINO, compiled from the bundle's weights when it is loaded, or PyTorch.
+"""What runs a bundle's network to serve answers and to index images: OpenVINO, compiled from the bundle's weights when it is
+loaded, or PyTorch.
 
 ``benchmarks/engines.py`` is why. The bundle stays the only source: nothing that was compiled is ever stored.
 """
@@ -19,7 +20,6 @@ import torch
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.models import Classifier
 from cv_factory_ops.predictor import Network
-from cv_factory_ops.serving.settings import ServingSettings
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, Core
@@ -31,28 +31,31 @@ TOLERANCE = 1e-3
 in another order."""
 
 
+EngineName = Literal["openvino", "torch"]
+
+
 @dataclass(frozen=True)
 class Engine:
     """What runs the network."""
 
-    name: Literal["openvino", "torch"]
+    name: EngineName
     network: Network
 
 
-def open_engine(bundle: Bundle, settings: ServingSettings) -> Engine:
+def open_engine(bundle: Bundle, name: EngineName, threads: int) -> Engine:
     """The engine that is asked for. Where OpenVINO cannot run a network as PyTorch does, PyTorch does, and a warning says so.
 
     PyTorch's own threads are as many as it needs: one beside OpenVINO, which has its own.
     """
     network = bundle.network()
-    if settings.engine == "openvino":
+    if name == "openvino":
         torch.set_num_threads(1)
         try:
-            return Engine("openvino", _checked(OpenVino(network, _shape(bundle), settings.threads), network, _shape(bundle)))
+            return Engine("openvino", _checked(OpenVino(network, _shape(bundle), threads), network, _shape(bundle)))
         except Exception as error:  # of a converter for all networks there are, so any kind
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             log.warning("engine: OpenVINO cannot run this network, PyTorch does, which is slower (%s)", reason)
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(threads)
     return Engine("torch", network)
 
 

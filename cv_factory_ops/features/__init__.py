@@ -1,0 +1,1 @@
+"""Vectors with metadata, kept and searched: stores, and what retrieves from them."""

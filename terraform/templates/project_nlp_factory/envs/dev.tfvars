@@ -1,0 +1,16 @@
+environment        = "dev"
+account_id         = "111111111111"
+region             = "eu-central-1"
+availability_zones = ["eu-central-1a", "eu-central-1b"]
+is_redundant       = false
+is_protected       = false
+
+projects       = ["report_triage"]
+cluster_admins = { platform = "arn:aws:iam::111111111111:role/platform" }
+node_groups = {
+  general = { instance_types = ["m7i.large"], least = 2, most = 4 }
+  gpu     = { instance_types = ["g5.xlarge", "g6.xlarge"], least = 0, most = 2, gpu = true, spot = true, labels = { accelerator = "gpu" } }
+}
+
+monthly_usd = 800
+emails      = ["ml-platform@example.org"]
