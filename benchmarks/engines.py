@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from cv_factory_ops.config import ResNet
-from cv_factory_ops.models import Classifier, build
 from cv_factory_ops.engine import OpenVino
+from cv_factory_ops.models import Classifier, build
 
 SIZE, BATCHES = 224, (1, 16)
 Images = NDArray[np.float32]

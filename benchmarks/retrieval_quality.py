@@ -44,6 +44,7 @@ from cv_factory_ops.metrics import predicted
 from cv_factory_ops.predictor import Predictor
 from cv_factory_ops.preprocessing.shards import open_split, read_rows
 from cv_factory_ops.records import TrainRecord
+from cv_factory_ops.stage import read_result
 from cv_factory_ops.storage import path_of
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pneumoniamnist.yaml"
@@ -69,7 +70,7 @@ class Split:
     def __init__(self, shards: Path, split: str, predictor: Predictor) -> None:
         manifest = predictor.manifest
         self.images = np.asarray(open_split(shards, split)[:])
-        self.labels = np.array(manifest.labels)[read_rows(shards, split)["label"]]
+        self.labels = np.array(manifest.labels)[read_rows(shards, split)["label"].to_numpy()]
         probabilities, self.embedding = predictor.forward(self.images)
         self.answers = np.array(manifest.labels)[predicted(probabilities, manifest.threshold)]
         self.components = predictor.vectors(self.embedding, "components")
@@ -85,7 +86,7 @@ def train(data: Path, home: Path, epochs: int, seed: int) -> tuple[Predictor, Pa
     for stage in ("ingest", "preprocess", "train"):
         command = [sys.executable, "-m", "cv_factory_ops.cli", stage, "--config", home / "project.yaml", "--run", home / "run"]
         subprocess.run(command, env={**os.environ, "CVF_HOME": str(home)}, stdout=subprocess.DEVNULL, check=True)
-    record = TrainRecord.model_validate_json((home / "run" / "train" / "result.json").read_bytes())
+    record = TrainRecord.model_validate(read_result((home / "run").as_uri(), TrainRecord.stage).record)
     bundle = path_of(record.bundle)
     assert bundle  # noqa: S101 - the storage is a folder here
     return Predictor(Bundle.load(bundle)), home / "run" / "preprocess"

@@ -39,9 +39,9 @@ from numpy.typing import NDArray
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca
 from cv_factory_ops.config import PreprocessingConfig, ResNet
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
+from cv_factory_ops.engine import open_engine
 from cv_factory_ops.models import build
 from cv_factory_ops.predictor import Predictor
-from cv_factory_ops.engine import open_engine
 from cv_factory_ops.serving.requests import Part, decoded
 
 SIZE = 224

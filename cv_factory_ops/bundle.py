@@ -147,6 +147,8 @@ class Bundle:
         reference.to_parquet(path / "reference.parquet", index=False)
         text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True)
         (path / "bundle.json").write_text(text, encoding="utf-8")
+        for file in path.glob("*.safetensors"):  # for the writer alone, whatever the umask says; servers run as other users
+            shutil.copymode(path / "bundle.json", file)
         return cls(path, manifest)
 
     @cached_property
@@ -207,6 +209,7 @@ def pack(bundle: Path, archive: Path) -> None:
     def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
         info.mtime = info.uid = info.gid = 0
         info.uname = info.gname = ""
+        info.mode = 0o755 if info.isdir() else 0o644
         return info
 
     import gzip

@@ -17,8 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca
-from cv_factory_ops.config import PreprocessingConfig, SmallCnn
+from cv_factory_ops.config import FaissStore, PreprocessingConfig, RetrievalConfig, SmallCnn
+from cv_factory_ops.features.index import MANIFEST, STORE, IndexManifest
+from cv_factory_ops.features.stores import Item, open_store
 from cv_factory_ops.models import build
+from cv_factory_ops.predictor import Predictor
 
 SIZE = 16
 IMAGE = np.tile(np.linspace(0, 1, 24, dtype=np.float32), (20, 1))
@@ -47,6 +50,28 @@ def write_bundle(path: Path, seed: int) -> Bundle:
     pca = Pca(mean=np.zeros(16), components=np.eye(2, 16))
     reference = pd.DataFrame({"score": [0.4, 0.6], "metadata_view_position": ["PA", "AP"]})
     return Bundle.write(path, manifest, build(model, 2, 0.5, 0.25), pca, reference)
+
+
+def with_index(bundle: Bundle, folder: Path) -> Bundle:
+    """The bundle with an index of eight images, each of a patient of its own."""
+    images = np.random.default_rng(0).integers(0, 65536, (8, SIZE, SIZE), np.uint16)
+    vectors = Predictor(bundle).forward(images)[1]
+    items = [Item(f"image-{i}", {"label": bundle.manifest.labels[i % 2], "patient": f"patient-{i}"}) for i in range(8)]
+    index = folder.with_name(f"{folder.name}-index")
+    (index / STORE).mkdir(parents=True)
+    with open_store(FaissStore(), index / STORE, "tiny", vectors.shape[1]) as store:
+        store.add(items, vectors)
+        store.persist()
+    manifest = IndexManifest(
+        bundle_digest=bundle.digest,
+        retrieval=RetrievalConfig(),
+        name="tiny",
+        dimensions=vectors.shape[1],
+        count=8,
+        metadata={"label": "category", "patient": "category"},
+    )
+    (index / MANIFEST).write_text(manifest.model_dump_json())
+    return bundle.with_index(index, folder)
 
 
 def free_port() -> int:

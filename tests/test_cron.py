@@ -102,7 +102,7 @@ def test_exit_codes_that_end_the_job_are_those_that_a_retry_would_not_change(job
 def test_a_decided_retraining_runs_the_stages_with_captured_studies(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stage, "TRAINING", ("ingest",))
+    monkeypatch.setattr(stage, "training_of", lambda _: ("ingest",))
     (home / "project.yaml").write_text(yaml.safe_dump(TINY))
     given = ["--config", str(home / "project.yaml")]
     put((home / "r1").as_uri(), checked())

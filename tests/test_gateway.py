@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import boto3
 import httpx
 import jwt
 import numpy as np
@@ -44,7 +43,6 @@ from starlette.testclient import TestClient
 
 from cv_factory_ops import captures
 from cv_factory_ops.answers import ExplainedPrediction, Prediction
-from cv_factory_ops.bundle import pack
 from cv_factory_ops.cli import main
 from cv_factory_ops.config import ApiKeys, ProjectConfig
 from cv_factory_ops.domain import Decoded
@@ -60,48 +58,10 @@ from cv_factory_ops.stage import run_stage
 from domain_medical import DOMAIN
 from domain_medical.synthetic import studies
 from local import smoke
-from tests.bundles import IMAGE, free_port, npy, png, start_cvf, wait_until, write_bundle
-from tests.conftest import TINY
+from tests.bundles import IMAGE, free_port, npy, png, start_cvf, wait_until
+from tests.served import Served, is_up
 
-OPEN = {"kind": "open"}
 LOG = "cvf.gateway"
-
-
-class Served:
-    """A running local endpoint of the project ``tiny`` with a bundle behind it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.url = folder, f"http://127.0.0.1:{free_port()}"
-        self.bundle = write_bundle(folder / "bundle", seed=1)
-        where = ("--state", str(folder / "state"), "--port", self.url[17:], "--files", str(folder))
-        self.process = start_cvf("endpoint", *where, folder=folder)
-        wait_until(lambda: self.process.poll() is not None or is_up(f"{self.url}/ping"))
-        pack(self.bundle.path, folder / "model.tar.gz")
-        keys = {"region_name": "us-east-1", "aws_access_key_id": "x", "aws_secret_access_key": "x"}
-        control = boto3.client("sagemaker", endpoint_url=self.url, **keys)
-        role, image = "arn:aws:iam::000000000000:role/local", {"Image": "cv-factory"}
-        container = {**image, "ModelDataUrl": (folder / "model.tar.gz").as_uri()}
-        control.create_model(ModelName="m", PrimaryContainer=container, ExecutionRoleArn=role)
-        variant = {"VariantName": "AllTraffic", "ModelName": "m", "InitialInstanceCount": 1, "InstanceType": "ml.m5.large"}
-        capture = {
-            "EnableCapture": True,
-            "InitialSamplingPercentage": 100,
-            "DestinationS3Uri": captures.folder(self.config()),
-            "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
-            "CaptureContentTypeHeader": {"JsonContentTypes": ["application/json"]},
-        }
-        control.create_endpoint_config(EndpointConfigName="c", ProductionVariants=[variant], DataCaptureConfig=capture)
-        control.create_endpoint(EndpointName="tiny", EndpointConfigName="c")
-        wait_until(lambda: control.describe_endpoint(EndpointName="tiny")["EndpointStatus"] != "Creating")
-        assert control.describe_endpoint(EndpointName="tiny")["EndpointStatus"] == "InService"
-
-    def tree(self, **gateway: Any) -> dict[str, Any]:
-        """The project's YAML with the gateway's settings."""
-        where = {"deploy": {"kind": "local", "url": self.url}, "storage": str(self.folder / "storage")}
-        return TINY | where | {"gateway": {"access": OPEN, "rate": "100000/second"} | gateway}
-
-    def config(self, **gateway: Any) -> ProjectConfig:
-        return ProjectConfig.model_validate(self.tree(**gateway))
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +98,6 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[ApiKeys, str]:
     """A file of keys, and the only key in it."""
     access = ApiKeys(file=str(tmp_path_factory.mktemp("keys") / "keys"))
     return access, make_key(access, "one")
-
-
-def is_up(url: str) -> bool:
-    try:
-        return httpx.get(url, trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def dicom(**changes: str) -> bytes:
@@ -869,7 +822,8 @@ def test_every_answer_is_as_the_openapi_document_says(api: Any, mode: Generation
             check()
     if mode is GenerationMode.POSITIVE:
         assert all(200 in statuses for statuses in answered.values()), answered
-        assert answered.keys() == {"/predict", "/predict/batch", "/explain", "/feedback", "/healthz", "/readyz", "/metrics"}
+        told = {"/predict", "/predict/batch", "/explain", "/similar", "/feedback", "/healthz", "/readyz", "/metrics"}
+        assert answered.keys() == told
 
 
 def test_the_commands_make_a_key_and_serve_until_sigterm(

@@ -25,7 +25,7 @@ import cv_factory_ops
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import DeidentificationConfig, KubernetesRuntime, PodSettings, load
 from cv_factory_ops.domain import Decoded, open_domain, to_uint16
-from tests.bundles import IMAGE, png, write_bundle
+from tests.bundles import IMAGE, free_port, png, write_bundle
 from tests.conftest import TINY
 from tests.kubernetes.conftest import until
 
@@ -161,12 +161,18 @@ def running(image: str, port: int, *options: str, command: tuple[str, ...] = (),
         docker("rm", "--force", "--volumes", name)
 
 
+AWS = ("AWS_DEFAULT_REGION=eu-central-1", "AWS_ACCESS_KEY_ID=a-key", "AWS_SECRET_ACCESS_KEY=a-secret")
+NO_ENDPOINT = [f"--env={setting}" for setting in (*AWS, "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME=http://127.0.0.1:9")]
+"""Settings of a gateway whose endpoint does not answer."""
+
+
 @pytest.fixture
 def config_folder(project: Callable[..., Path], home: Path) -> Path:
     """A folder with ``project.yaml``, for ``/config``, readable and writable by the user of the images."""
     folder = home / "config"
     folder.mkdir()
-    shutil.copy(project(gateway={"access": {"kind": "api_keys", "file": "/config/keys.jsonl"}}), folder)
+    deploy = {"kind": "sagemaker", "image": "cv-factory-inference", "role_arn": "arn:aws:iam::123456789012:role/none"}
+    shutil.copy(project(deploy=deploy, gateway={"access": {"kind": "api_keys", "file": "/config/keys.jsonl"}}), folder)
     os.chown(folder, USER, USER)
     return folder
 
@@ -329,7 +335,8 @@ def test_the_inference_image_keeps_sagemakers_contract(home: Path, engine: str) 
         assert container.ask("/metrics").status == 200
 
 
-def test_sagemakers_local_mode_starts_the_inference_image(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it ends its own `docker compose up`
+def test_sagemakers_local_mode_starts_the_inference_image(home: Path) -> None:
     if subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
         pytest.skip("SageMaker's local mode needs docker compose")
     local_session = pytest.importorskip("sagemaker.core.local.local_session")
@@ -338,7 +345,7 @@ def test_sagemakers_local_mode_starts_the_inference_image(home: Path, monkeypatc
     bundle, name = write_bundle(home / "bundle", seed=2), f"cvf-images-{uuid.uuid4().hex[:8]}"
     boto = boto3.Session("a-key", "a-secret", region_name="eu-central-1")
     session = local_session.LocalSession(boto)
-    session.config = {"local": {"serving_port": 8080, "container_root": str(home)}}
+    session.config = {"local": {"serving_port": free_port(), "container_root": str(home)}}
     client, runtime = session.sagemaker_client, session.sagemaker_runtime_client
     container = {"Image": built("inference"), "ModelDataUrl": f"file://{bundle.path}", "Environment": {}}
     client.create_model(name, container)
@@ -351,6 +358,9 @@ def test_sagemakers_local_mode_starts_the_inference_image(home: Path, monkeypatc
         assert json.loads(answer["Body"].read())["bundle_digest"] == bundle.digest
     finally:
         client.delete_endpoint(name)
+        left = docker("ps", "--all", "--quiet", "--filter", f"volume={bundle.path}").split()
+        docker("rm", "--force", *left)
+        subprocess.run(["docker", "network", "rm", "sagemaker-local"], capture_output=True)  # unless another endpoint is on it
 
 
 def test_the_gateway_lets_in_who_shows_a_key(config_folder: Path) -> None:
@@ -358,7 +368,7 @@ def test_the_gateway_lets_in_who_shows_a_key(config_folder: Path) -> None:
     made = docker(
         "run", "--rm", *RESTRICTED, *config, image, "cvf", "gateway-key", "--config", "/config/project.yaml", "viewer"
     )
-    with running(image, 8000, *config) as container:
+    with running(image, 8000, *config, *NO_ENDPOINT) as container:
         assert container.ask("/healthz").status == 200
         assert container.ask("/predict", png(), content_type="image/png").status == 401
         asked = {"content_type": "application/dicom", "X_API_Key": made.split()[-1]}
@@ -375,7 +385,7 @@ def test_a_gateway_that_deidentifies_reads_compressed_studies(config_folder: Pat
     project |= {"deidentification": {"pixels": "trust"}}
     (config_folder / "project.yaml").write_text(yaml.safe_dump(project))
     settings = ["--volume", f"{config_folder}:/config:ro", "--env", "CVF_PSEUDONYM_KEY=a key for tests"]
-    with running(built("gateway"), 8000, *settings) as container:
+    with running(built("gateway"), 8000, *settings, *NO_ENDPOINT) as container:
         for file in ("JPEG2000.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_RLE.dcm", "MR_small.dcm"):
             path = get_testdata_file(file)
             assert isinstance(path, str)

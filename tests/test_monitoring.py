@@ -26,8 +26,8 @@ from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.exporter import FAMILIES
 from tests import records
 from tests.bundles import free_port, npy, start_cvf, wait_until
+from tests.served import Served, is_up
 from tests.test_exporter import FOUND, decided, promoted
-from tests.test_gateway import Served, is_up
 
 MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((MONITORING / "grafana/dashboards").glob("*.json"))}

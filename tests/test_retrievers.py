@@ -171,6 +171,12 @@ def test_hybrid_without_words_is_dense(store: VectorStore) -> None:
         assert ids(retriever.retrieve(Query(ORIGIN, "unheard"), 7)) == NEAREST
 
 
+def test_what_was_deleted_since_is_not_found(store: VectorStore) -> None:
+    with Retriever(store, HYBRID) as retriever:
+        store.delete(["a", "d"])
+        assert ids(retriever.retrieve(Query(ORIGIN, "opacity"), 4)) == "cbfe"
+
+
 def test_exact_re_scoring_mends_the_order_of_a_compressed_index(tmp_path: Path) -> None:
     index = FaissStore(index=IvfPqIndex(cells=4, codes=2, probes=4))
     generator = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from pydicom.uid import ComprehensiveSRStorage, UltrasoundMultiFrameImageStorage
 from torch import nn
 
 from cv_factory_ops.answers import SegmentedPrediction
-from cv_factory_ops.bundle import Bundle, Pca
+from cv_factory_ops.bundle import Bundle, Pca, pack
 from cv_factory_ops.config import EfficientNet, EnsembleModel, Member, Model, ResNet, SmallCnn, Unet, Vit
 from cv_factory_ops.domain import Decoded, DeidentificationConfig, open_domain, to_uint16
 from cv_factory_ops.engine import OpenVino, open_engine
@@ -183,6 +184,13 @@ def test_pickles_are_not_loaded(client: httpx.Client) -> None:
     file = io.BytesIO()
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     assert post(client, file.getvalue(), "application/x-npy").status_code == 400
+
+
+def test_a_server_of_another_user_reads_a_bundle_and_its_archive(bundle: Bundle, tmp_path: Path) -> None:
+    pack(bundle.path, tmp_path / "model.tar.gz")
+    assert {file.stat().st_mode for file in bundle.path.iterdir()} == {(bundle.path / "bundle.json").stat().st_mode}
+    with tarfile.open(tmp_path / "model.tar.gz") as archive:
+        assert {member.mode for member in archive} == {0o644}
 
 
 def test_a_bundle_without_weights_is_explained(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ class Vectors:
 
     def __init__(self, config: FaissIndex, exact: Any, faster: Any | None) -> None:
         self._config, self._exact, self._faster = config, exact, faster
+        self._metric: Metric = "l2" if exact.metric_type == faiss.METRIC_L2 else "cosine"
+        self._estimates = isinstance(faster, faiss.IndexIVFPQ)
         match config:
             case _ if faster is None:
                 pass
@@ -142,17 +144,17 @@ class Vectors:
         if most == 0:
             return [], []
         scores, rows = self._search(query[None], most, admitted)
-        if isinstance(self._faster, faiss.IndexIVFPQ):  # its scores are estimates
+        if self._estimates:
             far = self.distances(query, rows)
             order = np.argsort(far, kind="stable")
             return far[order].tolist(), rows[order].tolist()
-        if self._exact.metric_type == faiss.METRIC_L2:
+        if self._metric == "l2":
             return [math.sqrt(score) for score in scores.tolist()], rows.tolist()
         return [min(max(1 - score, 0.0), 2.0) for score in scores.tolist()], rows.tolist()
 
     def distances(self, query: NDArray[np.float32], rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
         """(N,) of these rows, the same for the same vectors; see :func:`cv_factory_ops.features.checks.distances`."""
-        return distances(query, self.take(rows), "l2" if self._exact.metric_type == faiss.METRIC_L2 else "cosine")
+        return distances(query, self.take(rows), self._metric)
 
     def _search(
         self, queries: NDArray[np.float32], k: int, admitted: Admitted | None

@@ -31,8 +31,7 @@ class Rows:
     def __init__(self, table: Any) -> None:
         self.table = table
         column = table["item"].chunk(0)
-        bounds = np.frombuffer(column.buffers()[1], np.int64)
-        self._starts, self._ends = bounds[:-1], bounds[1:]
+        self._bounds = np.lib.stride_tricks.sliding_window_view(np.frombuffer(column.buffers()[1], np.int64), 2)
         self._json = memoryview(column.buffers()[2])
 
     @classmethod
@@ -67,8 +66,7 @@ class Rows:
         return int(self.table.num_rows)
 
     def items(self, rows: Sequence[int] | NDArray[np.int64]) -> list[Item]:
-        starts, ends = self._starts[rows].tolist(), self._ends[rows].tolist()
-        written = b",".join([self._json[start:end] for start, end in zip(starts, ends, strict=True)])
+        written = b",".join([self._json[start:end] for start, end in self._bounds[rows].tolist()])
         return [Item(*each) for each in json.loads(f"[{str(written, 'ascii')}]")]
 
     def find(self, ids: Sequence[str], alive: NDArray[np.bool_] | None) -> dict[str, int]:

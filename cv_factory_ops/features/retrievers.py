@@ -105,7 +105,8 @@ class Retriever:
         matches = {match.item.id: match for match in nearest}
         others = self.store.get([each for each in worded if each not in matches])
         matches |= {match.item.id: match for match in self._measured(query, [item for item in others if item])}
-        return [matches[each] for each in fused([[match.item.id for match in nearest], worded], constant)]
+        still_there = [each for each in worded if each in matches]
+        return [matches[each] for each in fused([[match.item.id for match in nearest], still_there], constant)]
 
     def _measured(self, query: Query, items: Sequence[Item]) -> list[Match]:
         metric = self.config.store.metric

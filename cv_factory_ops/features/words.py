@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sqlite3
 import threading
 from collections.abc import Iterable
 
@@ -25,6 +24,8 @@ class Words:
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
+        import sqlite3  # which a Python may lack, and only a hybrid search needs
+
         self._database = sqlite3.connect(":memory:", check_same_thread=False)
         self._lock = threading.Lock()
         self._database.executescript(TABLES)

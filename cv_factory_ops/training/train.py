@@ -171,7 +171,7 @@ def _begun_with(found: WarmStart | None) -> str:
 def record(stage: Stage, mlflow_page: str, **found: Any) -> TrainRecord:
     """The record of the bundle that lies in the private folder; beside it is kept what it was made with.
 
-    That a training has ended well is told before it is published: a crash between both ends in a next try, which tells it again.
+    That a training has ended well is told before it is published: after a crash between both, the next try tells it again.
     """
     protocol.keep(stage.config, stage.out / protocol.FOLDER)
     trained.keep(stage.config, stage.run)

@@ -84,7 +84,7 @@ def release(api: Any, namespace: str, s3_server: str, project: Project) -> Itera
     access = {"kind": "api_keys", "file": "/etc/cv-factory/keys/gateway-keys.jsonl"}
     settings = ("--values", str(folder / "values.yaml"), "--set-file", f"project={found.write_project(**access)}")
     try:
-        helm("install", "cvf", str(CHART), "--namespace", namespace, *settings, "--wait", "--timeout", "4m")
+        helm("install", "cvf", str(CHART), "--namespace", namespace, *settings, "--wait", "--timeout", "6m")
         yield found
     except AssertionError as error:
         pytest.fail(f"{error}\n{told_by_pods(api, namespace)}")

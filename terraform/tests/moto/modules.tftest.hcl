@@ -34,6 +34,7 @@ run "logs" {
   variables {
     name              = "cv-factory-moto-logs"
     takes_access_logs = true
+    force_destroy     = true # moto does write access logs
   }
 }
 
