@@ -18,12 +18,13 @@ TERRAFORM := terraform/templates/project_cv_factory
 ENV ?= dev
 LOCK ?= true
 CONFIG ?= configs/demo.yaml
+HELM ?= helm
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SOURCE ?= $(or $(shell git remote get-url origin 2>/dev/null | sed -E 's|//[^/@]*@|//|'),unknown)
 REVISION = $(shell git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test test-kubernetes fuzz images sbom test-images env test-compose test-terraform $(IMAGES:%=image-%) push train deploy smoke notify plan apply licences try-newer lint format docs airflow-db clean
+.PHONY: help install demo up down test test-kubernetes fuzz images sbom test-images env test-compose test-terraform test-chart $(IMAGES:%=image-%) push check-tag train deploy smoke notify plan apply licences try-newer lint format docs airflow-db clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,8 +80,19 @@ env:  ## write .env, the secrets of docker-compose.yaml
 test-compose: install images  ## start docker-compose.yaml, with stand-ins for public images, and go once round the loop
 	CVF_COMPOSE=1 $(BIN)/python -m pytest tests/test_compose.py -rs $(ARGS)
 
+# The command copies an image to the cluster of KUBECONFIG; the namespace is made for it and removed.
+test-chart: image-gateway image-monitoring  ## install the chart with this checkout's images: CVF_LOAD_IMAGE="kind load docker-image"
+	for image in gateway monitoring; do $(CVF_LOAD_IMAGE) $(REGISTRY)cv-factory-$$image:$(TAG) || exit 1; done
+	trap 'kubectl delete namespace cvf-test-chart --wait=false' EXIT; \
+	$(HELM) install demo helm/cv-factory --namespace cvf-test-chart --create-namespace --values helm/cv-factory/ci/kind-values.yaml \
+	  --set image.registry="$(REGISTRY)" --set image.tag=$(TAG) --wait --timeout 5m && \
+	$(HELM) test demo --namespace cvf-test-chart
+
 test-terraform: install  ## format, validate and test terraform/, make it on moto's server, ask checkov where it is on the path
 	CVF_TEST_TERRAFORM=1 $(BIN)/python -m pytest tests/test_terraform.py -rs $(ARGS)
+
+check-tag:  ## whether REF, such as v1.2.3, is the version here: by it the chart and docker-compose.yaml ask for images
+	@test "$(REF)" = "v$(VERSION)" || { echo "the tag is $(REF), pyproject.toml has version $(VERSION): the tag must be v$(VERSION)" >&2; exit 1; }
 
 push:  ## push all images to REGISTRY, as `make images` has named them
 	for image in $(IMAGES); do docker push $(REGISTRY)cv-factory-$$image:$(TAG) || exit 1; done

@@ -73,9 +73,11 @@ class SimilarAnswer(Frozen):
     predictions: list[SegmentedPrediction | Prediction]
     bundle_digest: str
     similar: list[list[Neighbour]]
-    """Of each prediction, nearest first."""
+    """Of each prediction, most similar first."""
     findings: list[str]
     """Of each prediction, as the domain says it in a line."""
+    index: str
+    """Name of the index that was searched: of the bundle, and of the build."""
 
 
 class Faithfulness(Frozen):

@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     similar.add_argument("image", type=Path, metavar="IMAGE", help="a de-identified study, a PNG, JPEG or TIFF, or .npy")
     _project_arguments(similar)
     similar.add_argument("--run", metavar="URI", help="whose index; by default the champion's")
-    similar.add_argument("--k", type=int, default=5, metavar="NUMBER", help="how many, one of each patient; 1 to 100")
+    similar.add_argument("--k", type=int, metavar="NUMBER", help="how many, one of each patient; by default retrieval.k")
     similar.add_argument(
         "--where", action="append", default=[], metavar="NAME:VALUE", help="narrow down, label:normal or age:40..65; repeatable"
     )

@@ -125,7 +125,7 @@ class Domain(Protocol):
 
     def finding(self, label: str, probability: float, abstained: bool, similar: Sequence[str]) -> str:
         """What a model found, in one line for people: its label, how probable that is, whether a person should decide, and what
-        the labels are of the patients whose images are most like it, nearest first."""
+        the labels are of the studies, each of another patient, that are most like it, most similar first."""
 
     def report(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cv_factory_ops.bundle import INDEX, Bundle
-from cv_factory_ops.config import RetrievalConfig
+from cv_factory_ops.config import CrossEncoderReranker, RetrievalConfig
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.engine import open_engine
 from cv_factory_ops.errors import ConfigError, DataError
-from cv_factory_ops.features.index import MANIFEST, OWN, STORE, IndexManifest
+from cv_factory_ops.features.index import ENCODER, MANIFEST, OWN, STORE, IndexManifest
+from cv_factory_ops.features.retrievers import load_encoder
 from cv_factory_ops.features.stores import Item, Value, VectorStore, open_store
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.predictor import Predictor
@@ -35,7 +38,7 @@ def run(stage: Stage) -> IndexRecord:
     """Embed with the engine that serves, so that a study which is sent later gets the vector that it was indexed with.
 
     Raises:
-        ConfigError: ``retrieval`` is not set.
+        ConfigError: ``retrieval`` is not set, or its cross-encoder cannot be loaded.
         DataError: no image has a label.
         Unavailable: the store's server does not answer.
     """
@@ -46,12 +49,14 @@ def run(stage: Stage) -> IndexRecord:
     predictor = Predictor(bundle, open_engine(bundle, "openvino", len(os.sched_getaffinity(0))).network)
     folder = stage.out / INDEX
     (folder / STORE).mkdir(parents=True)
-    name, dimensions = f"{stage.config.project}_{bundle.digest[:12]}", predictor.dimensions(settings.vector)
+    if isinstance(settings.reranker, CrossEncoderReranker):
+        load_encoder(settings.reranker.path)
+        shutil.copytree(settings.reranker.path, folder / ENCODER)
+    name = f"{stage.config.project}_{bundle.digest[:12]}_{uuid.uuid4().hex[:8]}"
+    dimensions, shards = predictor.dimensions(settings.vector), stage.local(f"{stage.run}/preprocess")
     with open_store(settings.store, folder / STORE, name, dimensions) as store:
-        shards = stage.local(f"{stage.run}/preprocess")
-        for split in settings.splits:
-            _add(store, predictor, settings, shards, split)
-        if not (count := store.count()):
+        count = sum(_add(store, predictor, settings, shards, split) for split in settings.splits)
+        if not count:
             raise DataError(f"{shards}: no image of {', '.join(settings.splits)} has a label")
         store.persist()
     kinds: dict[str, Kind] = {**stage.domain.metadata, **OWN}
@@ -67,17 +72,18 @@ def run(stage: Stage) -> IndexRecord:
     )
 
 
-def _add(store: VectorStore, predictor: Predictor, settings: RetrievalConfig, shards: Path, split: str) -> None:
-    """A split's images. What an earlier try has left in a server's collection is replaced."""
+def _add(store: VectorStore, predictor: Predictor, settings: RetrievalConfig, shards: Path, split: str) -> int:
+    """Add a split's images; returns how many."""
+    count = 0
     images, rows = open_split(shards, split), read_rows(shards, split)
     items = _items(rows, predictor.manifest.labels, split)
     for chunk in with_progress(chunks := images.chunks(BATCH), len(chunks), f"index: {split}", "batch"):
         labelled = [i for i in range(chunk.start, chunk.stop) if items[i].metadata.get("label")]
         if labelled:
             _, embedding = predictor.forward(images[np.array(labelled)])
-            chosen = [items[i] for i in labelled]
-            store.delete([item.id for item in chosen])
-            store.add(chosen, predictor.vectors(embedding, settings.vector))
+            store.add([items[i] for i in labelled], predictor.vectors(embedding, settings.vector))
+            count += len(labelled)
+    return count
 
 
 def _items(rows: pd.DataFrame, labels: Sequence[str], split: str) -> list[Item]:
@@ -91,7 +97,7 @@ def _items(rows: pd.DataFrame, labels: Sequence[str], split: str) -> list[Item]:
 
 def _metadata(row: dict[str, Any], labels: Sequence[str], split: str, position: int) -> Iterator[tuple[str, Value]]:
     for name, value in row.items():
-        is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+        is_missing = value is None or (isinstance(value, float) and not math.isfinite(value))
         if name.startswith("meta_") and not is_missing:
             yield name.removeprefix("meta_"), value
     if labels and row["label"] >= 0:

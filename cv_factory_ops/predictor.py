@@ -39,6 +39,8 @@ class Input:
     spacing: tuple[float, float] | None
     metadata: Metadata
     statistics: Mapping[str, float]
+    patient: str = ""
+    """Pseudonym; empty where the format has none."""
 
 
 class Predictor:
@@ -71,7 +73,7 @@ class Predictor:
         """
         image = self.prepare(study)
         rows, columns = study.image.shape[:2]
-        return Input(image, (rows, columns), study.spacing, study.metadata, image_statistics(image))
+        return Input(image, (rows, columns), study.spacing, study.metadata, image_statistics(image), study.patient)
 
     def conclude(self, inputs: Sequence[Input], probabilities: NDArray[np.float32], embedding: NDArray[np.float32]) -> Answer:
         """The last step of an answer, from what :meth:`forward` gave for the inputs' images."""

@@ -21,6 +21,9 @@ from cv_factory_ops.config import (
 )
 from cv_factory_ops.errors import ConfigError
 
+PSEUDONYMIZING = ("ingest", "predict")
+"""Stages that name patients anew, all with the same key."""
+
 
 def require_reachable(project: ProjectConfig, runtime: KubernetesRuntime, stage: str, run: str) -> None:
     """Refuse what a pod could not see: files that lie on none of its volumes, servers of another machine's loopback.
@@ -42,7 +45,7 @@ def require_reachable(project: ProjectConfig, runtime: KubernetesRuntime, stage:
             f"mlflow.tracking_uri: {tracking} is a file on no volume of the pods; "
             "set it, or MLFLOW_TRACKING_URI in runtime.pod.env, to the address of a server"
         )
-    if stage in {"ingest", "predict"} and not (pod.env_from_secrets or "CVF_PSEUDONYM_KEY" in pod.secret_env):
+    if stage in PSEUDONYMIZING and not (pod.env_from_secrets or "CVF_PSEUDONYM_KEY" in pod.secret_env):
         raise ConfigError("runtime.pod.secret_env: CVF_PSEUDONYM_KEY is missing; all pods need the same key, from a Secret")
     for name, path in _places_to_read(project, stage):
         if "://" not in path and not _on_a_volume(path, pod):
@@ -74,7 +77,9 @@ def _places_to_read(project: ProjectConfig, stage: str) -> list[tuple[str, str]]
     source = project.data.source
     match stage:
         case "ingest":
-            given = {"data.source.path": getattr(source, "path", None), "data.source.labels": getattr(source, "labels", None)}
+            given = {f"data.source.{field}": getattr(source, field, None) for field in ("path", "labels", "masks")}
+        case "train":
+            given = {"model.weights": project.model.weights, "embedding.weights": getattr(project.embedding, "weights", None)}
         case "predict":
             given = {"batch.path": project.batch.path}
         case _:

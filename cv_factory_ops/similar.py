@@ -17,7 +17,7 @@ from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.domain import Decoded, open_domain
 from cv_factory_ops.engine import open_engine
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
-from cv_factory_ops.features.index import MOST, Index
+from cv_factory_ops.features.index import MOST, Index, filters
 from cv_factory_ops.ingestion.decode import decode_one
 from cv_factory_ops.predictor import Prediction, Predictor
 from cv_factory_ops.preprocessing.shards import read_image
@@ -28,8 +28,9 @@ WIDEST = 6
 """Pictures in a row."""
 
 
-def find(config: ProjectConfig, run: str, image: Path, k: int, where: Sequence[str], out: Path | None) -> str:
-    """A table of the ``k`` nearest, one of each patient, with the model's own answer; and, to ``out``, a picture of them.
+def find(config: ProjectConfig, run: str, image: Path, k: int | None, where: Sequence[str], out: Path | None) -> str:
+    """A table of the ``k`` (or ``retrieval.k``) most similar, one of each patient, with the model's own answer; and, to
+    ``out``, a picture of them.
 
     ``run`` is the URI of the run whose index is searched; empty for the champion's.
 
@@ -37,7 +38,7 @@ def find(config: ProjectConfig, run: str, image: Path, k: int, where: Sequence[s
         ConfigError: an argument is not as it must be.
         DataError: the run has no index, it was made for another bundle, or the image cannot be used.
     """
-    if not 1 <= k <= MOST:
+    if k is not None and not 1 <= k <= MOST:
         raise ConfigError(f"--k: {k} given; allowed: 1 to {MOST}")
     if out and out.suffix != ".png":
         raise ConfigError(f"{out}: {out.suffix or 'no ending'} given; allowed: .png")
@@ -63,12 +64,11 @@ def _run_of_champion(config: ProjectConfig) -> str:
 
 
 def _searched(
-    predictor: Predictor, index: Index, image: Path, k: int, where: Sequence[str]
+    predictor: Predictor, index: Index, image: Path, k: int | None, where: Sequence[str]
 ) -> tuple[NDArray[np.uint16], Prediction, list[Neighbour]]:
     """The image as the model sees it, the model's answer, and who is like it."""
-    pairs = [tuple(given.partition(":")[::2]) for given in where]
     try:
-        filters = index.where([(name, value) for name, value in pairs])
+        wanted = index.where(filters(where))
     except Rejected as error:
         raise ConfigError(f"--where: {error}") from None
     try:
@@ -78,7 +78,7 @@ def _searched(
     probabilities, embedding = predictor.forward(given.image[None])
     (vector,) = predictor.vectors(embedding, index.manifest.retrieval.vector)
     answer = predictor.conclude([given], probabilities, embedding).predictions[0]
-    return given.image, answer, index.similar(vector, k, filters, given.metadata)
+    return given.image, answer, index.similar(vector, k, wanted, given.metadata, given.patient)
 
 
 def _decoded(predictor: Predictor, image: Path) -> Decoded:

@@ -16,12 +16,15 @@ import urllib.parse
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
+
+_patience: ContextVar[float | None] = ContextVar("patience", default=None)
 
 
 def path_of(uri: str) -> Path | None:
@@ -373,11 +376,27 @@ def _s3_sizes(bucket: str, prefix: str, after: str = "") -> Iterator[tuple[str, 
             yield item["Key"][len(prefix) :], item["Size"]
 
 
+@contextmanager
+def impatient(seconds: float) -> Iterator[None]:
+    """Have S3 asked twice at most, with so many seconds for each answer; else one that is silent is waited for five minutes."""
+    before = _patience.set(seconds)
+    _s3.cache_clear()
+    try:
+        yield
+    finally:
+        _patience.reset(before)
+        _s3.cache_clear()
+
+
 @cache
 def _s3() -> Any:
     import boto3
+    from botocore.config import Config
 
-    return boto3.client("s3")
+    if (seconds := _patience.get()) is None:
+        return boto3.client("s3")
+    patience = Config(connect_timeout=seconds, read_timeout=seconds, retries={"total_max_attempts": 2})
+    return boto3.client("s3", config=patience)
 
 
 @contextmanager

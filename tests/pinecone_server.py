@@ -4,7 +4,7 @@ plane): what the official client is run against where the managed service cannot
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -21,6 +21,7 @@ COMPARISONS = {
     "$lte": lambda value, operand: value <= operand,
 }
 Records = dict[str, dict[str, Any]]
+NO_HEADERS: Mapping[str, str] = {}
 
 
 class PineconeServer(ThreadingHTTPServer):
@@ -32,7 +33,16 @@ class PineconeServer(ThreadingHTTPServer):
         self.namespaces: dict[str, Records] = {}
         self.written = 0
         self.behind = 0
-        """Queries that a write stays unseen for."""
+        """Reads (fetch, list, query, statistics) that are still answered as the last one was, whatever was written since."""
+        self._shown: tuple[int, dict[str, Records]] = (0, {})
+
+    def shown(self) -> tuple[int, dict[str, Records]]:
+        """What a read sees: up to which write, and the records."""
+        if self.behind:
+            self.behind -= 1
+        else:
+            self._shown = self.written, {name: dict(records) for name, records in self.namespaces.items()}
+        return self._shown
 
     @property
     def url(self) -> str:
@@ -50,6 +60,8 @@ def pinecone(dimension: int, metric: str) -> Iterator[PineconeServer]:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: PineconeServer
+    there: dict[str, Records]
+    """By namespace, as the request that is answered sees them."""
     answers: ClassVar[dict[str, str]] = {
         "/vectors/upsert": "upsert",
         "/vectors/fetch": "fetch",
@@ -76,29 +88,27 @@ class Handler(BaseHTTPRequestHandler):
         elif name is None:
             self.send(404, {"message": "not found"})
         else:
-            self.send(*getattr(self, name)(asked, self.server.namespaces.setdefault(asked.get("namespace", ""), {})))
+            writes = name in {"upsert", "delete"}
+            self.server.written += writes
+            lsn, self.there = (self.server.written, self.server.namespaces) if writes else self.server.shown()
+            status, content = getattr(self, name)(asked, self.there.setdefault(asked.get("namespace", ""), {}))
+            self.send(status, content, {f"x-pinecone-lsn-{'committed' if writes else 'reconciled'}": str(lsn)})
 
-    def send(self, status: int, content: dict[str, Any], **headers: int) -> None:
+    def send(self, status: int, content: dict[str, Any], headers: Mapping[str, str] = NO_HEADERS) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("x-pinecone-lsn-committed" if "upsert" in self.path else "x-pinecone-lsn-reconciled", str(self.lsn()))
+        for header in headers.items():
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(body)
-
-    def lsn(self) -> int:
-        if "query" in self.path and self.server.behind:
-            self.server.behind -= 1
-            return self.server.written - 1
-        return self.server.written
 
     def upsert(self, asked: dict[str, Any], records: Records) -> tuple[int, dict[str, Any]]:
         vectors = asked["vectors"]
         if len(vectors) > 1000 or any(len(each["values"]) != self.server.dimension for each in vectors):
             return 400, {"code": 3, "message": "Vector dimension does not match the dimension of the index", "details": []}
         records.update({each["id"]: each for each in vectors})
-        self.server.written += 1
         return 200, {"upsertedCount": len(vectors)}
 
     def fetch(self, asked: dict[str, Any], records: Records) -> tuple[int, dict[str, Any]]:
@@ -127,8 +137,8 @@ class Handler(BaseHTTPRequestHandler):
         return -float(((given - other) ** 2).sum())
 
     def stats(self, asked: dict[str, Any], records: Records) -> tuple[int, dict[str, Any]]:
-        counts = {name: {"vectorCount": len(each)} for name, each in self.server.namespaces.items()}
-        total = sum(map(len, self.server.namespaces.values()))
+        counts = {name: {"vectorCount": len(each)} for name, each in self.there.items()}
+        total = sum(map(len, self.there.values()))
         return 200, {
             "namespaces": counts,
             "dimension": self.server.dimension,

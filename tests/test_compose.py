@@ -72,9 +72,11 @@ class Composed:
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.variables[f'{name}_PORT']}"
 
+    def secrets(self) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in self.env_file.read_text().splitlines())
+
     def secret(self, name: str) -> str:
-        lines = self.env_file.read_text().splitlines()
-        return dict(line.split("=", 1) for line in lines)[name]
+        return self.secrets()[name]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,14 @@ def test_nothing_is_published_but_on_this_machine_and_nothing_without_a_login(se
     }
     assert {address for addresses in published.values() for address in addresses} == {"127.0.0.1"}
     assert set(published) == {"airflow-api-server", "mlflow", "gateway", "prometheus", "alertmanager", "grafana"}
+
+
+def test_no_argument_of_what_runs_on_holds_a_secret(services: dict[str, dict[str, Any]], composed: Composed) -> None:
+    """Every user of the host sees arguments."""
+    for name, service in services.items():
+        command = " ".join(service.get("command") or [])
+        assert not any(secret in command for secret in composed.secrets().values()), name
+        assert "$" not in command.partition("exec ")[2], f"{name}: the shell puts a variable into the arguments"
 
 
 def test_what_runs_on_tells_its_health_and_every_image_has_a_version(services: dict[str, dict[str, Any]]) -> None:
@@ -203,6 +213,12 @@ def test_nobody_comes_in_without_a_login(running: Composed) -> None:
     psql = ["psql", "--host", "127.0.0.1", "--username", "airflow", "--command", "SELECT 1", "--dbname"]
     assert running.compose("exec", *environment, "postgres", *psql, "airflow").returncode == 0
     assert "permission denied" in running.compose("exec", *environment, "postgres", *psql, "mlflow").stderr
+
+
+def test_nobody_sees_a_secret_among_the_processes(running: Composed) -> None:
+    shown = running.told("top")
+    assert "mlflow server" in shown
+    assert [name for name, secret in running.secrets().items() if secret in shown] == []
 
 
 def test_no_program_writes_into_its_image(running: Composed) -> None:

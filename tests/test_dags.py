@@ -22,7 +22,7 @@ from cv_factory_airflow import run_uri
 from cv_factory_ops import audit, storage
 from cv_factory_ops.config import ProjectConfig, load
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
-from cv_factory_ops.stage import TRAINING
+from cv_factory_ops.stage import STAGES, TRAINING, training_of
 from cv_factory_ops.storage import path_of
 from local.stack import MARK, sourced, stop
 from tests.conftest import TINY
@@ -110,6 +110,9 @@ def test_dag_files_import_nothing_heavy(parsed: dict[str, Any]) -> None:
 def test_training_is_the_chain_of_its_stages(parsed: dict[str, Any], kind: str) -> None:
     tasks = parsed["dags"][f"demo_{kind}"]["tasks"]
     assert _chain(tasks) == list(TRAINING)
+    indexed = parsed["dags"][f"chest_xray_{kind}"]["tasks"]
+    assert [name for name in _chain(indexed) if name in STAGES] == list(training_of(load(ROOT / "configs" / "chest_xray.yaml")))
+    assert "index" in indexed
     captures = {"data.include_captures": True} if kind == "retraining" else None
     assert all(task["settings"] == captures for task in tasks.values())
 

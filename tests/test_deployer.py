@@ -16,6 +16,8 @@ from typing import Any
 import boto3
 import httpx
 import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import ClientError
 from botocore.httpsession import URLLib3Session
 
 from cv_factory_ops import storage
@@ -319,6 +321,52 @@ def test_instances_are_scaled_and_no_longer(aws: Project, home: Path, pair: tupl
     fixed = aws(inference={"kind": "realtime", "instance_count": 2})
     assert deploy(fixed, run, force=True).endpoint_config_name == record.endpoint_config_name, "it is the same config"
     assert scaler.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"] == []
+
+
+def test_instances_that_are_scaled_change_their_type(
+    aws: Project, home: Path, pair: tuple[Bundle, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS refuses to change the type of instances that are scaled, which moto would do."""
+    make, scaler = BaseClient._make_api_call, boto3.client("application-autoscaling")
+
+    def targets() -> list[str]:
+        found = scaler.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"]
+        return [target["ResourceId"] for target in found]
+
+    def as_aws(client: Any, operation: str, given: dict[str, Any]) -> Any:
+        if operation == "UpdateEndpoint" and targets():
+            refusal = {"Code": "ValidationException", "Message": "you must first delete the autoscaling configuration"}
+            raise ClientError({"Error": refusal}, operation)
+        return make(client, operation, given)
+
+    def inference(instance_type: str) -> dict[str, Any]:
+        scaling = {"least": 2, "most": 5, "target": 60}
+        return {"kind": "realtime", "instance_type": instance_type, "instance_count": 2, "autoscaling": scaling}
+
+    run = registered(home, "one", pair[0])
+    before = deploy(aws(inference=inference("ml.m5.large")), run)
+    assert len(targets()) == 1
+    monkeypatch.setattr(BaseClient, "_make_api_call", as_aws)
+    config = aws(inference=inference("ml.c5.xlarge"))
+    assert deploy(config, run, force=True).previous_config_name == before.endpoint_config_name
+    assert targets() == [f"endpoint/{config.endpoint_name}/variant/AllTraffic"], "they are scaled again"
+
+
+@pytest.mark.parametrize("family", ["m5", "c7i", "c7gn", "p3", "inf2"])
+def test_disks_that_are_attached_are_encrypted_with_the_key(aws: Project, family: str) -> None:
+    assert _keys(aws, f"ml.{family}.xlarge") == (True, True)
+
+
+@pytest.mark.parametrize("family", ["g4dn", "g5", "g6e", "m5d", "r5dn", "c6gd", "p3dn", "p4d", "p5"])
+def test_disks_of_the_instances_own_take_no_key(aws: Project, family: str) -> None:
+    assert _keys(aws, f"ml.{family}.xlarge") == (False, True), "CreateEndpointConfig would be refused; captures have it"
+
+
+def _keys(aws: Project, instance_type: str) -> tuple[bool, bool]:
+    """Whether the volumes, and whether the captures, are encrypted with the project's key."""
+    inference = {"kind": "realtime", "instance_type": instance_type, "instance_count": 2}
+    shape = shapes.endpoint_config(aws(inference=inference, kms_key="alias/cv", capture_percent=10), "one")
+    return "KmsKeyId" in shape, "KmsKeyId" in shape["DataCaptureConfig"]
 
 
 def test_every_kind_of_inference_has_requests_that_aws_takes(aws: Project) -> None:

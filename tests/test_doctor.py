@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from confluent_kafka import Consumer
 from pynetdicom import AE, evt
 
 from cv_factory_ops import cli, storage
-from cv_factory_ops.config import SageMakerDeploy, load
-from cv_factory_ops.doctor import checkup, endpoint, machine
+from cv_factory_ops.config import PodSettings, SageMakerDeploy, load
+from cv_factory_ops.doctor import checkup, cluster, endpoint, findings, machine
 from cv_factory_ops.doctor.findings import Check, Finding, carried_out, ok
 from cv_factory_ops.errors import ConfigError
 from tests.conftest import TINY
@@ -158,7 +158,8 @@ def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path) -> None:
     meminfo.write_text("MemTotal:  8000000 kB\nMemAvailable:  4000000 kB\n")
     assert machine.free_memory(meminfo, tmp_path) == 4_000_000 * 1024
     (tmp_path / "memory.current").write_text("100\n")
-    for limit, left in (("max\n", 4_000_000 * 1024), ("1100\n", 1000)):
+    (tmp_path / "memory.stat").write_text("anon 60\ninactive_file 40\n")
+    for limit, left in (("max\n", 4_000_000 * 1024), ("1100\n", 1040)):
         (tmp_path / "memory.max").write_text(limit)
         assert machine.free_memory(meminfo, tmp_path) == left
 
@@ -197,8 +198,13 @@ def test_pods_must_be_given_the_variables(project: Project, monkeypatch: pytest.
         return status(project(notifications=hooks, runtime=runtime), "environment")
 
     assert told() == {"environment.CVF_PSEUDONYM_KEY": "fail", "environment.CVF_T_SLACK": "fail"}
-    assert set(told(env_from_secrets=["all"]).values()) == {"ok"}
+    assert set(told(env_from_secrets=["all"]).values()) == {"warn"}, "which keys the Secret has was not looked at"
     one = {"secret": "s", "key": "k"}
+    key = {"secret_env": {"CVF_PSEUDONYM_KEY": one}}
+    assert told(**key)["environment.CVF_PSEUDONYM_KEY"] == "ok"
+    runtime = {"kind": "kubernetes", "pod": {"image": "i"}, "stages": {"train": key, "ingest": key}}
+    lacking = {"environment.CVF_PSEUDONYM_KEY": "fail"}
+    assert status(project(runtime=runtime), "environment") == lacking, "predict needs it as well"
     assert told(secret_env={"CVF_T_SLACK": one}) == {"environment.CVF_PSEUDONYM_KEY": "fail", "environment.CVF_T_SLACK": "ok"}
 
 
@@ -243,6 +249,31 @@ def test_s3_without_conditional_writes_fails(
         told = found(project(storage=f"s3://{bucket}/p"), "storage")
     assert told["storage.create"].status == "fail"
     assert "If-None-Match is not heeded" in told["storage.create"].found
+
+
+def test_an_s3_that_refuses_conditional_writes_is_told_by_its_code(
+    project: Project, bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
+        if request.headers.get("If-Match"):
+            return 501, b"<Error><Code>NotImplemented</Code><Message>no</Message></Error>"
+        answer = httpx.request(request.command, s3_server + request.path, headers=dict(request.headers), content=body)
+        return answer.status_code, answer.content
+
+    with server(forward) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", address)
+        told = found(project(storage=f"s3://{bucket}/p"), "storage")["storage.replace"]
+    assert (told.status, told.found) == ("fail", "a conditional write (If-Match) was answered with NotImplemented")
+
+
+def test_an_s3_that_is_silent_fails_before_patience_ends(
+    project: Project, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "QUESTION_SECONDS", 0.4)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        told = found(project(storage=f"s3://{bucket}/p"), "storage")["storage"]
+    assert (told.status, "Read timeout" in told.found) == ("fail", True), told
 
 
 def test_an_mlflow_that_does_not_answer_fails(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +412,10 @@ def test_a_camera(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (told.status, SECRET in str(told)) == ("warn", False), "that it listens is no proof that it streams"
     listener.close()
     assert status(path, "source") == {"source": "fail"}
+    monkeypatch.setenv("CVF_T_CAMERA", "user:hunter2/is")
+    told = found(path, "source")["source"]
+    assert (told.status, "hunter2" in str(told)) == ("fail", False)
+    assert "cannot be read" in told.found
 
 
 def test_weights_by_path_and_from_the_hub(project: Project, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,6 +483,12 @@ def test_aws_without_credentials_fails(aws: Callable[..., Path], monkeypatch: py
     assert "no AWS region" in found(aws(), "deploy.identity")["deploy.identity"].found
 
 
+def test_an_aws_profile_of_nobody_fails(aws: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    told = found(aws(), "deploy.identity", "deploy.rights")
+    assert {(finding.status, "no AWS credentials" in finding.found) for finding in told.values()} == {("fail", True)}
+
+
 def test_aws_that_refuses_the_question_is_a_warning(aws: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = b"<ErrorResponse><Error><Code>AccessDenied</Code><Message>no</Message></Error></ErrorResponse>"
     with server(lambda *_: (403, refusal)) as url:
@@ -458,10 +499,13 @@ def test_aws_that_refuses_the_question_is_a_warning(aws: Callable[..., Path], mo
 
 def test_aws_rights_by_simulation(aws: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     denied: list[str] = []
+    places: dict[str, str] = {}
     user = f"arn:aws:iam::{ACCOUNT}:user/deployer"
 
     def simulate(_: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes]:
-        asked = [text for name, text in httpx.QueryParams(body.decode()).multi_items() if name.startswith("ActionNames")]
+        given = httpx.QueryParams(body.decode())
+        asked = [text for name, text in given.multi_items() if name.startswith("ActionNames")]
+        places.update({f"{action} on {given['ResourceArns.member.1']}": "" for action in asked})
         rows = "".join(
             f"<member><EvalActionName>{action}</EvalActionName>"
             f"<EvalDecision>{'implicitDeny' if action in denied else 'allowed'}</EvalDecision></member>"
@@ -478,6 +522,11 @@ def test_aws_rights_by_simulation(aws: Callable[..., Path], monkeypatch: pytest.
         monkeypatch.setenv("AWS_ENDPOINT_URL_IAM", iam)
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts)
         assert status(aws(), "deploy.rights") == {"deploy.rights": "ok"}
+        arn = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:"
+        assert f"sagemaker:InvokeEndpoint on {arn}endpoint/tiny" in places, "a role of Terraform's may ask no other endpoint"
+        assert f"sagemaker:CreateEndpointConfig on {arn}endpoint-config/tiny-any" in places
+        assert f"sagemaker:CreateModel on {arn}model/tiny-any" in places
+        assert f"iam:PassRole on {ROLE}" in places
         denied += ["iam:PassRole", "sagemaker:UpdateEndpoint"]
         told = found(aws(), "deploy.rights")["deploy.rights"]
     assert (told.status, told.found) == ("fail", f"{user} may not: sagemaker:UpdateEndpoint, iam:PassRole")
@@ -597,6 +646,72 @@ def test_a_cluster_that_is_not_there_fails(project: Project, home: Path, monkeyp
     monkeypatch.setenv("KUBECONFIG", str(home / "none"))
     path = project(runtime={"kind": "kubernetes", "pod": {"image": "i"}})
     assert status(path, "cluster", "software", "processors", "memory") == {"cluster": "fail", "software": "warn"}
+
+
+def node(taint: tuple[str, str, str] | None = None, **more: Any) -> Any:
+    """A node as the cluster describes one: two processors, and what more it has."""
+    from kubernetes import client
+
+    allocatable = {"cpu": "2", "memory": "8Gi", "pods": "3"} | more
+    taints = [client.V1Taint(key=taint[0], value=taint[1], effect=taint[2])] if taint else None
+    meta = client.V1ObjectMeta(labels={"kind": "small"})
+    return client.V1Node(
+        metadata=meta, spec=client.V1NodeSpec(taints=taints), status=client.V1NodeStatus(allocatable=allocatable)
+    )
+
+
+GPU_TAINT = ("nvidia.com/gpu", "present", "NoSchedule")
+TAINT = ("team", "radiology", "NoExecute")
+TOLERATED = [{"key": "team", "operator": "Equal", "value": "radiology"}]
+ROOM: dict[str, tuple[dict[str, Any], int, list[Any], str]] = {
+    "fits": ({"requests": {"cpu": "1"}}, 2, [node()], "ok"),
+    "nothing is asked for": ({"requests": {}}, 3, [node()], "ok"),
+    "too small": ({"requests": {"cpu": "3"}}, 1, [node()], "fail"),
+    "too few, which an autoscaler mends": ({"requests": {"cpu": "1"}}, 3, [node()], "warn"),
+    "no GPU yet, which an autoscaler mends": ({"gpus": 1}, 1, [node()], "warn"),
+    "no such label yet": ({"node_selector": {"kind": "large"}}, 1, [node()], "warn"),
+    "too few GPUs": ({"gpus": 2}, 1, [node(**{"nvidia.com/gpu": "1"})], "fail"),
+    "the GPU's own taint": ({"gpus": 1}, 1, [node(GPU_TAINT, **{"nvidia.com/gpu": "1"})], "warn"),
+    "the GPU's own taint, tolerated": (
+        {"gpus": 1, "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]},
+        1,
+        [node(GPU_TAINT, **{"nvidia.com/gpu": "1"})],
+        "ok",
+    ),
+    "a taint": ({}, 1, [node(TAINT)], "fail"),
+    "a taint, tolerated": ({"tolerations": TOLERATED}, 1, [node(TAINT)], "ok"),
+    "a taint of another value": ({"tolerations": TOLERATED}, 1, [node(("team", "other", "NoExecute"))], "fail"),
+    "everything is tolerated": ({"tolerations": [{"operator": "Exists"}]}, 1, [node(TAINT)], "ok"),
+    "a taint that only prefers": ({}, 1, [node(("team", "other", "PreferNoSchedule"))], "ok"),
+}
+
+
+@pytest.mark.parametrize("case", ROOM)
+def test_room_is_what_the_scheduler_would_find(case: str) -> None:
+    pod, count, nodes, expected = ROOM[case]
+    told = cluster.room("stages", PodSettings.model_validate({"image": "i", **pod}), count, nodes)
+    assert told.status == expected, told
+
+
+def test_a_silent_cluster_is_asked_once(project: Project, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "QUESTION_SECONDS", 0.3)
+    connections: list[Any] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        kubeconfig = {"clusters": [{"name": "c", "cluster": {"server": address}}], "users": [{"name": "u", "user": {}}]}
+        kubeconfig |= {"contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], "current-context": "x"}
+        (home / "kubeconfig").write_text(json.dumps(kubeconfig))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(home / "kubeconfig"))
+        path = project(runtime={"kind": "kubernetes", "pod": {"image": "i"}})
+        told = found(path, "cluster", "cluster.namespace", "cluster.rights", "cluster.named", "cluster.room")
+        silent.settimeout(0.5)
+        with suppress(TimeoutError):
+            while True:
+                connections.append(silent.accept()[0])
+    assert [(finding.name, finding.status) for finding in told.values()] == [("cluster", "fail")]
+    assert len(connections) == 1, "neither is it asked again, nor about anything else"
+    for connection in connections:
+        connection.close()
 
 
 def test_what_pods_cannot_see_fails(project: Project) -> None:

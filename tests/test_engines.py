@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cv_factory_ops.config import ChromaStore, MilvusStore, PineconeStore, VectorStoreConfig, WeaviateStore
-from cv_factory_ops.errors import ConfigError, DataError, Unavailable
+from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable
 from cv_factory_ops.features.fields import fields, metadata_of, plain
 from cv_factory_ops.features.stores import Item, open_store
 from tests.pinecone_server import KEY, PineconeServer
@@ -106,6 +110,94 @@ def test_pinecone_is_waited_for_until_it_finds_what_was_written(
         store.persist()  # nothing was written since
         assert server.behind == 1
         server.behind = 0
+    with open_store(PineconeStore(url=server.url, metric="l2"), tmp_path, "late", DIMENSIONS) as store:
+        assert store.count() == 1
+
+
+@pytest.mark.parametrize("behind", [4, 7, 9, 11])
+def test_pinecone_that_shows_old_data_for_a_while_has_what_was_written(
+    pinecone_servers: dict[str, PineconeServer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, behind: int
+) -> None:
+    server, config = pinecone_servers["l2"], PineconeStore(url=pinecone_servers["l2"].url, metric="l2")
+    monkeypatch.setenv("PINECONE_API_KEY", KEY)
+    monkeypatch.setattr("cv_factory_ops.features.pinecone_store.PAUSE", 0.01)
+    changed = Item("b", {"label": "changed"})
+    with open_store(config, tmp_path, f"old {behind}", DIMENSIONS) as store:
+        store.add([Item("a"), Item("b"), Item("c")], noise(3))
+        store.persist()
+        server.behind = behind
+        assert store.delete(["a", "b"]) == 2
+        store.add([Item("a", {"label": "new"})], noise(1, seed=1))
+        store.add([changed], noise(1, seed=2))
+        store.delete(["a"])
+        assert store.get(["a", "b", "c"]) == [None, changed, Item("c")]
+        assert store.count() == 2
+        store.persist()
+        assert server.behind == 0
+    with open_store(config, tmp_path, f"old {behind}", DIMENSIONS) as store:
+        assert store.count() == 2
+        assert store.get(["a", "b", "c"]) == [None, changed, Item("c")]
+        assert [match.item for match in store.search(noise(1, seed=2)[0], 1)] == [changed]
+
+
+@pytest.mark.parametrize("config", [ChromaStore(), MilvusStore()], ids=lambda config: config.kind)
+def test_a_folder_that_cannot_be_written_is_read_from_a_copy(
+    config: VectorStoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, scratch = tmp_path / "store", tmp_path / "scratch"
+    scratch.mkdir()
+    with open_store(config, folder, "name", DIMENSIONS) as store:
+        store.add([Item("a", {"view": "PA"}), Item("b")], noise(2))
+        store.persist()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    with read_only(folder, monkeypatch):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        stores = [open_store(config, folder, "name", DIMENSIONS) for _ in range(2)]  # replicas share a volume
+        for store in stores:
+            assert [match.item.id for match in store.search(noise(1)[0], 2)] == ["a", "b"]
+            for change in (
+                lambda: store.add([Item("c")], noise(1)),  # noqa: B023
+                lambda: store.update([Item("a")], noise(1)),  # noqa: B023
+                lambda: store.delete(["a"]),  # noqa: B023
+            ):
+                with pytest.raises(DataError, match="read-only") as refused:
+                    change()
+                assert str(folder) in str(refused.value)
+        assert len(list(scratch.iterdir())) == 2
+        for store in stores:
+            store.close()
+        assert list(scratch.iterdir()) == []
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@contextmanager
+def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a container's volume is: mounted read-only where the test may mount, else seen so by ``os.access``."""
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False).returncode:
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: folder not in Path(path, "x").parents and access(path, mode))
+        yield
+        return
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_chroma_folder_that_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chroma.sqlite3").write_bytes(b"no database" * 100)
+    with pytest.raises(CvFactoryError, match=str(tmp_path)):
+        open_store(ChromaStore(), tmp_path, "name", DIMENSIONS)
+
+
+def test_what_could_not_be_opened_holds_nothing(tmp_path: Path) -> None:
+    with open_store(MilvusStore(), tmp_path, "name", DIMENSIONS) as store:
+        store.add([Item("a")], noise(1))
+    with pytest.raises(DataError):
+        open_store(MilvusStore(), tmp_path, "name", DIMENSIONS + 1)
+    with (tmp_path / "milvus.db" / "LOCK").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_pinecone_that_stays_behind_is_unavailable(

@@ -59,6 +59,7 @@ from domain_medical import DOMAIN
 from domain_medical.synthetic import studies
 from local import smoke
 from tests.bundles import IMAGE, free_port, npy, png, start_cvf, wait_until
+from tests.conftest import TINY
 from tests.served import Served, is_up
 
 LOG = "cvf.gateway"

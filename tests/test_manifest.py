@@ -161,6 +161,28 @@ UNREACHABLE = {
     "endpoint, later": ({}, {}, "promote", "deploy.url: http://127.0.0.1:8765 is another machine to a pod"),
     "password": ({"mlflow": {"tracking_uri": "http://u:p@mlflow"}}, {}, "train", "mlflow.tracking_uri: holds a password"),
     "data": ({"data": {"source": {"kind": "npz", "path": "a.npz"}}}, {}, "ingest", "data.source.path: a.npz lies on no volume"),
+    "masks": (
+        {
+            "data": {
+                "source": {"kind": "files", "path": "s3://b/images", "labels": "s3://b/labels.csv", "masks": "/elsewhere/masks"}
+            }
+        },
+        {},
+        "ingest",
+        "data.source.masks: /elsewhere/masks lies on no volume",
+    ),
+    "weights": (
+        {"model": {"kind": "resnet", "weights": "/elsewhere/w"}},
+        {},
+        "train",
+        "model.weights: /elsewhere/w lies on no",
+    ),
+    "weights of the embedding": (
+        {"embedding": {"kind": "vit", "weights": "/elsewhere/w"}},
+        {},
+        "train",
+        "embedding.weights: /elsewhere/w lies on no volume",
+    ),
     "gpus": ({}, {"gpus": 2}, "train", "training.processes_per_node: 1 given, the pods have gpus: 2"),
     "key": ({}, {"secret_env": {}}, "ingest", "runtime.pod.secret_env: CVF_PSEUDONYM_KEY is missing"),
 }

@@ -22,9 +22,10 @@ from cv_factory_ops.config import (
     RetrievalConfig,
 )
 from cv_factory_ops.errors import ConfigError
+from cv_factory_ops.features.index import OWN
 from cv_factory_ops.features.retrievers import Query, Retriever
 from cv_factory_ops.features.stores import Between, Filter, Item, Match, VectorStore, open_store
-from cv_factory_ops.features.words import Words
+from cv_factory_ops.features.words import UNSAID, Words, words_of
 
 REPORTS = {
     "a": "opacity in the left lower lobe",
@@ -85,9 +86,12 @@ def bm25(asked: str) -> dict[str, float]:
 )
 def test_words_are_ranked_by_bm25(asked: str) -> None:
     scores = bm25(asked)
-    expected = sorted(scores, key=lambda each: (-scores[each], each))
-    assert Words(ITEMS).best(asked, 10) == expected
-    assert Words(ITEMS).best(asked, 2) == expected[:2]
+    words = Words(ITEMS)
+    rank = {each: 1 + sum(other > score * (1 + 1e-9) for other in scores.values()) for each, score in scores.items()}
+    assert words.ranks(asked, 10) == rank
+    through = {each: sum(other <= place for other in rank.values()) for each, place in rank.items()}
+    assert words.ranks(asked, 2) == {each: place for each, place in rank.items() if through[each] <= 2}
+    assert words.ranks(asked, 0, None, "af") == {each: place for each, place in rank.items() if each in "af"}
 
 
 def test_bm25_by_hand() -> None:
@@ -95,26 +99,40 @@ def test_bm25_by_hand() -> None:
         [Item("1", {}, "x y"), Item("2", {}, "x x"), Item("3", {}, "z z"), Item("4", {}, "z y"), Item("5", {}, "w w")]
     )
     # x: ln(3.5 / 2.5) = 0.336 in 1 and 2, twice in 2: 0.336 * 2.2 * 2 / 3.2 = 0.463 beside 0.336; y the same in 1 and 4.
-    assert words.best("x", 5) == ["2", "1"]
-    assert words.best("x y", 5) == ["1", "2", "4"]
+    assert words.ranks("x", 5) == {"2": 1, "1": 2}
+    assert words.ranks("x y", 5) == {"1": 1, "2": 2, "4": 3}
+
+
+def test_equally_good_ones_have_one_rank_and_are_told_all_or_not_at_all() -> None:
+    words = Words([Item(str(number), {}, "x y z" if number == 7 else "y w" if number < 6 else "w v") for number in range(20)])
+    assert words.ranks("x y", 7) == {"7": 1} | dict.fromkeys("012345", 2)
+    assert words.ranks("x y", 6) == {"7": 1}
+    assert words.ranks("x y", 6, None, ["4", "19"]) == {"7": 1, "4": 2}
+
+
+def test_pseudonyms_and_the_split_are_no_words() -> None:
+    item = Item("1", {"patient": "abc", "study": "def", "split": "train", "view": "PA"}, "clear")
+    assert words_of(item) == "PA clear"
+    assert set(OWN) >= UNSAID
+    assert Words([item, Item("2")]).ranks("train abc def", 5) == {}
 
 
 @pytest.mark.parametrize(
     "asked", ["", "  ", '"', "* OR NOT (", '"opacity" NEAR', "-opacity:words^2", "opacity\x00", "word " * 3000]
 )
 def test_what_is_asked_is_words_and_no_syntax(asked: str) -> None:
-    found = Words(ITEMS).best(asked, 10)
-    assert found == (["d", "a", "c"] if "opacity" in asked else [])
+    found = Words(ITEMS).ranks(asked, 10)
+    assert list(found) == (["d", "a", "c"] if "opacity" in asked else [])
 
 
 def test_thousands_of_different_words_can_be_asked_for() -> None:
-    assert Words(ITEMS).best(" ".join(f"w{number}" for number in range(5000)) + " large", 3) == ["b"]
+    assert Words(ITEMS).ranks(" ".join(f"w{number}" for number in range(5000)) + " large", 3) == {"b": 1}
 
 
 def test_words_are_found_in_any_case_and_without_accents() -> None:
     words = Words([Item("1", {"région": "Poumon Gauche"}, "Épanchement"), Item("2", {}, "正常")])
-    assert words.best("epanchement", 1) == words.best("GAUCHE", 1) == ["1"]
-    assert words.best("正常", 1) == ["2"]
+    assert words.ranks("epanchement", 1) == words.ranks("GAUCHE", 1) == {"1": 1}
+    assert words.ranks("正常", 1) == {"2": 1}
 
 
 @pytest.mark.parametrize(
@@ -134,8 +152,8 @@ def test_words_are_found_in_any_case_and_without_accents() -> None:
 def test_filters_come_before_the_best(where: Filter, admitted: str, store: VectorStore) -> None:
     words = Words(ITEMS)
     everything = " ".join(REPORTS.values())
-    assert sorted(words.best(everything, 10, where)) == sorted(admitted)
-    assert set(words.best(everything, 1, where)) <= set(admitted)
+    assert sorted(words.ranks(everything, 10, where)) == sorted(admitted)
+    assert set(words.ranks(everything, 1, where, "abcdefg")) == set(admitted)
     with Retriever(store, HYBRID) as retriever:
         for k in (1, 3, 7):
             found = retriever.retrieve(Query(ORIGIN, everything, where), k)
@@ -169,6 +187,22 @@ def test_hybrid_without_words_is_dense(store: VectorStore) -> None:
     with Retriever(store, HYBRID) as retriever:
         assert ids(retriever.retrieve(Query(ORIGIN), 7)) == NEAREST
         assert ids(retriever.retrieve(Query(ORIGIN, "unheard"), 7)) == NEAREST
+
+
+@pytest.mark.parametrize("said", [["DX F PA"], ["DX F PA", "DX M PA"], ["DX F PA", "DX F AP", "DX M PA", "DX M AP"]])
+def test_words_that_hundreds_have_leave_the_nearest_first(tmp_path: Path, said: list[str]) -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(600, 8)).astype(np.float32)
+    query = vectors[7] + np.float32(0.1)
+    known = [Item(f"{row:03}", {}, said[row % len(said)]) for row in range(600)]
+    order = np.argsort(np.linalg.norm(vectors - query, axis=1))
+    expected = [f"{row:03}" for row in order[:100] if row % len(said) == 0][:5]
+    config = HYBRID.model_copy(update={"retriever": HybridRetriever(candidates=100)})
+    with open_store(FLAT, tmp_path / "many", "", 8) as store:
+        store.add(known, vectors)
+        with Retriever(store, config) as retriever:
+            found = [match.item.id for match in retriever.retrieve(Query(query, "DX F PA"), 5)]
+    assert found == expected
 
 
 def test_what_was_deleted_since_is_not_found(store: VectorStore) -> None:

@@ -3,6 +3,7 @@
 The containers are those of ``tests/container``, which start at once and fail on demand; the endpoint is the real process.
 """
 
+import asyncio
 import json
 import signal
 import time
@@ -18,8 +19,11 @@ from botocore.exceptions import ClientError
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import pack
 from cv_factory_ops.config import load
+from cv_factory_ops.deploy.alarms import CloudWatch
+from cv_factory_ops.deploy.control_plane import ControlPlane
 from cv_factory_ops.deploy.shelf import ServiceError
 from cv_factory_ops.deploy.traffic import Policy
+from cv_factory_ops.deploy.variants import Fleet
 from tests.bundles import npy, wait_until, write_bundle
 from tests.test_local_endpoint import KEYS, Server, capturing, check_answer, error_of, remove, variant
 
@@ -186,6 +190,27 @@ def test_alarms_follow_the_metric(server: Server, endpoint: str, cloudwatch: Any
     assert cloudwatch.describe_alarms(AlarmNames=[f"any-{endpoint}"])["MetricAlarms"] == []
     with pytest.raises(ClientError, match="must be one of Invocations"):
         put_alarm(cloudwatch, "wrong", endpoint, "CPUUtilization")
+
+
+def test_an_error_that_nobody_foresaw_ends_a_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def breaks(_: Any) -> None:
+        raise RuntimeError("nobody foresaw it")
+
+    async def described() -> dict[str, Any]:
+        plane = ControlPlane(tmp_path, CloudWatch(tmp_path), lambda *_: None)
+        ask = plane.operations
+        await ask["CreateModel"]({"ModelName": "m", "PrimaryContainer": {"ModelDataUrl": "file:///m.tar.gz"}})
+        await ask["CreateEndpointConfig"]({"EndpointConfigName": "c", "ProductionVariants": [variant("m")]})
+        await ask["CreateEndpoint"]({"EndpointName": "e", "EndpointConfigName": "c"})
+        await asyncio.gather(*plane._tasks.values(), return_exceptions=True)
+        answer = await ask["DescribeEndpoint"]({"EndpointName": "e"})
+        await plane.close()
+        return answer
+
+    monkeypatch.setattr(Fleet, "start", breaks)
+    answer = asyncio.run(described())
+    assert answer["EndpointStatus"] == "Failed"
+    assert answer["FailureReason"].startswith("unexpected RuntimeError; details in ")
 
 
 def test_a_deployment_has_a_time_limit(server: Server, endpoint: str) -> None:

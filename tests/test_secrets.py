@@ -187,6 +187,9 @@ def test_secrets_manager_gives_the_stages_their_credentials_and_no_log_holds_the
         "AWS_ACCESS_KEY_ID": "worker",
         "AWS_SECRET_ACCESS_KEY": "of the worker",
         "AWS_EC2_METADATA_DISABLED": "true",
+        # the worker's own login of another MLflow, which this one must not be told
+        "MLFLOW_TRACKING_USERNAME": TRAINER[0],
+        "MLFLOW_TRACKING_PASSWORD": TRAINER[1],
     }
 
     def work(mlflow_connection: str) -> str:

@@ -19,8 +19,9 @@ import pytest
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
-from cv_factory_ops import storage
+from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import INDEX, Bundle, pack, unpack
+from cv_factory_ops.config import RetrievalConfig
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
 from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.features.index import Index, read_manifest
@@ -31,6 +32,7 @@ from cv_factory_ops.serving.app import create_app
 from cv_factory_ops.stage import read_result, run_stage, training_of
 from domain_medical.finding import finding
 from domain_medical.synthetic import studies
+from tests.bundles import free_port, wait_until
 from tests.loop import Loop, finished_loop
 
 RETRIEVAL: dict[str, Any] = {"store": {"kind": "faiss", "index": {"kind": "flat"}}, "retriever": {"kind": "hybrid"}}
@@ -115,23 +117,14 @@ def test_an_image_has_the_same_vector_bit_for_bit_wherever_it_is_embedded(loop: 
     shards = loop.home / "runs" / "first" / "preprocess"
     subprocess.run([sys.executable, "-c", VECTORS, bundle.path, shards, loop.home], check=True)
     embedded, ids = np.load(loop.home / "embedding.npy"), list(rows_of(loop, "train")["id"])
-    lengths = np.linalg.norm(embedded.astype(np.float64), axis=1, keepdims=True)
-    np.testing.assert_allclose(index.store.vectors(ids), embedded / lengths, atol=1e-6)
     found = [index.store.search(vector, 1)[0] for vector in embedded]
     assert [match.item.id for match in found] == ids
-    path = loop.path.with_name("components.yaml")
-    path.write_text(loop.path.read_text())
-    run_stage("index", loop.config.model_copy(update={"retrieval": components(loop)}), copied(loop, "components"))
-    with Index.open(loop.home / "runs" / "components" / "index" / "index", bundle.digest) as compressed:
-        projected = np.load(loop.home / "components.npy")
-        assert compressed.manifest.dimensions == projected.shape[1] == 8
-        assert compressed.store.vectors(ids).tobytes() == projected.tobytes()
-
-
-def components(loop: Loop) -> Any:
-    settings = loop.config.retrieval
-    assert settings is not None
-    return settings.model_validate({"store": {"kind": "faiss", "metric": "l2"}, "vector": "components"})
+    for kind, dimensions in (("embedding", 16), ("components", 8)):
+        settings = RetrievalConfig.model_validate({"store": {"kind": "faiss", "metric": "l2"}, "vector": kind})
+        run_stage("index", loop.config.model_copy(update={"retrieval": settings}), copied(loop, kind))
+        with Index.open(loop.home / "runs" / kind / "index" / "index", bundle.digest) as other:
+            assert other.manifest.dimensions == dimensions
+            assert other.store.vectors(ids).tobytes() == np.load(loop.home / f"{kind}.npy").tobytes()
 
 
 def copied(loop: Loop, name: str) -> str:
@@ -166,7 +159,13 @@ def test_neighbours_are_of_different_patients_and_as_the_filter_wants_them(loop:
     assert len({each.patient for each in found}) == len(found) == 10
     assert {each.label for each in found} == {"normal"}
     every = index.similar(vector, 100)
-    assert len(every) == len({*rows_of(loop, "train")["patient"], *rows_of(loop, "val")["patient"]})
+    patients = {*rows_of(loop, "train")["patient"], *rows_of(loop, "val")["patient"]}
+    assert {each.patient for each in every} == patients
+    assert len(every) == len(patients)
+    assert len(index.similar(vector)) == 5
+    own = rows_of(loop, "train")["patient"][0]
+    assert every[0].patient == own
+    assert {each.patient for each in index.similar(vector, 100, patient=own)} == patients - {own}
     assert not {"split", "position", "label"} & set(every[0].metadata)
 
 
@@ -179,7 +178,7 @@ def test_filters_are_read_as_people_write_them(index: Index) -> None:
     assert index.where([(number, "40..")]) == {number: Between(40, None)}
     assert index.where([(number, "..65")]) == {number: Between(None, 65)}
     assert index.where([(number, "40")]) == {number: Between(40, 40)}
-    for wrong in (("position", "1"), ("nothing", "x"), (number, "old")):
+    for wrong in (("position", "1"), ("nothing", "x"), (number, "old"), (number, "nan"), (number, ""), ("label", "\udcff")):
         with pytest.raises(Rejected):
             index.where([wrong])
 
@@ -214,6 +213,7 @@ def test_cvf_similar_finds_an_indexed_image_first(loop: Loop, tmp_path: Path) ->
     ("more", "code", "told"),
     [
         (["--k", "0"], 2, "--k: 0 given; allowed: 1 to 100"),
+        (["--where", "label"], 2, "--where: a filter is a name and a value"),
         (["--where", "colour:red"], 2, "--where: a filter by 'colour' given; allowed: "),
         (["--out", "similar.jpg"], 2, "similar.jpg: .jpg given; allowed: .png"),
         (["--run", "runs/none"], 3, "run `cvf train`"),
@@ -259,12 +259,14 @@ def test_the_container_answers_with_similar_studies_and_a_finding(container: Tes
     assert found["findings"] == [finding(answer["label"], answer["scores"][answer["label"]], False, ["normal"] * 4)]
     assert answer == ask(container, "").json()["predictions"][0]
     assert 'kind="similar",status="200"' in container.get("/metrics").text
+    assert found["index"].startswith(f"tiny_{found['bundle_digest'][:12]}_")
+    assert [len(ask(container, more).json()["similar"][0]) for more in ("similar", "similar=&label=normal")] == [5, 5]
 
 
 def test_a_report_says_what_similar_patients_have(container: TestClient) -> None:
     report = pydicom.dcmread(io.BytesIO(ask(container, "similar=5", accept="application/dicom").content))
     said = json.dumps(report.to_json_dict())
-    assert "of 5 similar patients" in said
+    assert "of 5 similar studies" in said
     plain = pydicom.dcmread(io.BytesIO(ask(container, "", accept="application/dicom").content))
     assert "similar" not in json.dumps(plain.to_json_dict())
 
@@ -274,9 +276,10 @@ def test_a_report_says_what_similar_patients_have(container: TestClient) -> None
     [
         ("similar=0", "custom_attributes"),
         ("similar=101", "custom_attributes"),
-        ("similar", "custom_attributes"),
+        ("similar=" + "9" * 5000, "custom_attributes"),
         ("explain=grad_cam&similar=5", "custom_attributes"),
         ("similar=5&colour=red", "filter"),
+        ("similar=&label=", "filter"),
     ],
 )
 def test_the_container_refuses_what_it_does_not_know(container: TestClient, attributes: str, code: str) -> None:
@@ -298,19 +301,46 @@ def test_the_gateway_answers_with_similar_studies(loop: Loop) -> None:
         found = client.post("/similar?k=3&where=label:opacity", content=study(), headers=kind)
         assert found.status_code == 200, found.text
         assert [each["label"] for each in found.json()["similar"]] == ["opacity"] * 3
-        assert found.json()["finding"].endswith("3 have opacity") or "another label" in found.json()["finding"]
+        assert "of 3 similar studies 3 have opacity" in found.json()["finding"]
         for query, status, code in (
             ("k=0", 422, "invalid"),
             ("where=label", 400, "filter"),
             ("where=colour:red", 400, "filter"),
+            (f"where=label:{'n' * 1100}", 400, "filter"),
         ):
             refused = client.post(f"/similar?{query}", content=study(), headers=kind)
             assert (refused.status_code, refused.json()["code"]) == (status, code)
 
 
+def test_drift_checks_and_retraining_read_answers_with_similar_studies(loop: Loop) -> None:
+    from cv_factory_ops.gateway.app import create_app as create_gateway
+
+    with TestClient(create_gateway(loop.config)) as client:
+        kind = {"content-type": "application/dicom"}
+        inference_id = client.post("/similar", content=study(), headers=kind).json()["inference_id"]
+    wait_until(lambda: inference_id in {item.inference_id for item in captures.read(loop.config)})
+    record = run_stage("drift", loop.config, (loop.home / "runs" / "check").as_uri()).record
+    assert record["requests"] >= 1
+
+
+def test_a_store_that_is_away_costs_similar_studies_alone(loop: Loop, bundle: Bundle, tmp_path: Path) -> None:
+    """Of a server that nobody answers for; the container starts and answers all the same."""
+    index = shutil.copytree(loop.home / "runs" / "first" / "index" / "index", tmp_path / "index")
+    manifest = json.loads((index / "index.json").read_text())
+    away = {"kind": "weaviate", "url": f"http://127.0.0.1:{free_port()}", "grpc_port": free_port()}
+    manifest["retrieval"]["store"] = away
+    (index / "index.json").write_text(json.dumps(manifest))
+    served = bundle.with_index(index, tmp_path / "served")
+    with TestClient(create_app(served.path)) as client:
+        assert ask(client, "").status_code == 200
+        refused = ask(client, "similar=5")
+        assert (refused.status_code, refused.json()["code"]) == (503, "index_unavailable")
+        assert "127.0.0.1" not in refused.text
+
+
 def test_a_finding_is_one_line_that_names_doubts() -> None:
     assert finding("opacity", 0.934, False, ["opacity"] * 4 + ["normal"]) == (
-        "opacity (probability 0.93); of 5 similar patients 4 have opacity, 1 have normal"
+        "opacity (probability 0.93); of 5 similar studies 4 have opacity, 1 has normal"
     )
     assert "a person should decide" in finding("opacity", 0.5, True, [])
     assert finding("opacity", 0.9, False, ["normal"] * 3).endswith("most of them have another label")

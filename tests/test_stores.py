@@ -126,7 +126,21 @@ def test_filters_come_before_the_nearest(store: VectorStore) -> None:
     assert set(ids(found)) == {"40", "41", "42", "43", "44"}
 
 
-@pytest.mark.parametrize("where", [{"age": None}, {"age": [1, 2]}, {"age": float("nan")}, {"age": True}])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"age": None},
+        {"age": [1, 2]},
+        {"age": float("nan")},
+        {"age": True},
+        {"age": Between(float("nan"), None)},
+        {"age": Between(0, float("inf"))},
+        {"age": Between(-float("inf"), 0)},
+        {"age": "\udcff"},
+        {"age": ["a", "\ud800"]},
+        {"age\udcff": "a"},
+    ],
+)
 def test_a_filter_of_another_kind_is_refused(store: VectorStore, where: Filter) -> None:
     store.add(items(3), noise(3))
     with pytest.raises(DataError, match="age"):
@@ -152,6 +166,14 @@ def test_more_than_there_are_are_all(store: VectorStore) -> None:
     store.add(items(3), noise(3))
     assert len(store.search(noise(1)[0], 50)) == 3
     assert len(store.search(noise(1)[0], 50, {"label": "opacity"})) == 1
+
+
+@pytest.mark.parametrize("k", [0, -1, -100])
+def test_fewer_than_one_are_none(store: VectorStore, k: int) -> None:
+    store.add(items(3), noise(3))
+    assert store.search(noise(1)[0], k) == []
+    with pytest.raises(DataError):
+        store.search(noise(1, DIMENSIONS - 1)[0], k)
 
 
 def test_what_is_kept_comes_back(store: VectorStore) -> None:
@@ -204,6 +226,14 @@ def test_vectors_that_cannot_be_compared_are_refused_whole(store: VectorStore, v
     assert store.count() == 1
 
 
+def test_a_vector_that_cannot_be_compared_is_named_by_its_id(store: VectorStore) -> None:
+    for unfit in (0, np.nan):
+        vectors = noise(3)
+        vectors[1] *= unfit
+        with pytest.raises(DataError, match="item 001"):
+            store.add(items(3), vectors)
+
+
 @pytest.mark.parametrize("query", [noise(1, DIMENSIONS - 1)[0], noise(1), noise(1)[0] * np.nan, noise(1)[0] * 0])
 def test_queries_that_cannot_be_compared_are_refused(store: VectorStore, query: NDArray[np.float32]) -> None:
     store.add(items(3), noise(3))
@@ -222,6 +252,18 @@ def test_metadata_are_words_and_finite_numbers(store: VectorStore, value: Value)
     with pytest.raises(DataError, match="age"):
         store.add([Item("a", {"age": value})], noise(1))
     assert store.count() == 0
+
+
+@pytest.mark.parametrize(
+    "item", [Item("\ud800"), Item("a", {}, "\udcff"), Item("a", {"age": "\udfff"}), Item("a", {"age\udcff": 1})], ids=ascii
+)
+def test_what_is_no_text_of_unicode_is_refused(store: VectorStore, item: Item) -> None:
+    with pytest.raises(DataError) as refused:
+        store.add([Item("fine"), item], noise(2))
+    str(refused.value).encode()
+    assert store.count() == 0
+    assert store.get([item.id, "fine"]) == [None, None]
+    assert store.delete([item.id]) == 0
 
 
 def test_an_update_replaces_vector_metadata_and_text(store: VectorStore) -> None:

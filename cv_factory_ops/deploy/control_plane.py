@@ -19,6 +19,7 @@ from cv_factory_ops.deploy.alarms import CloudWatch
 from cv_factory_ops.deploy.shelf import Item, Place, ServiceError, Shelf, require_name, required, without
 from cv_factory_ops.deploy.traffic import Policy, Traffic
 from cv_factory_ops.deploy.variants import Fleet, NotHealthy
+from cv_factory_ops.errors import unexpected
 
 log = logging.getLogger("cvf")
 
@@ -235,6 +236,8 @@ class ControlPlane:
             await self._go_back(name, fleet, f"the deployment took longer than MaximumExecutionTimeoutInSeconds ({limit})")
         except (NotHealthy, GoneWrong, OSError) as error:
             await self._go_back(name, fleet, str(error))
+        except Exception as error:
+            await self._go_back(name, fleet, unexpected(error))
         else:
             replaced = self.traffic.get(name)
             self._set(name, EndpointStatus="InService", Current=target, Target=None)

@@ -7,6 +7,7 @@ content, so a retry after a crash between any two calls finds what is there, wai
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,8 +119,9 @@ def run(stage: Stage) -> DeployRecord:
     """
     require_may_roll_out(stage)
     registered, name = stage.read(RegisterRecord), stage.config.endpoint_name
-    bundle = _with_index(stage, _registered_bundle(stage, registered))
-    rolled_out = open_deployer(stage.config).roll_out(Release(bundle, stage.run, stage.out))
+    with tempfile.TemporaryDirectory(dir=stage.out) as scratch:
+        bundle = _with_index(stage, _registered_bundle(stage, registered), Path(scratch))
+        rolled_out = open_deployer(stage.config).roll_out(Release(bundle, stage.run, Path(scratch)))
     version, digest = registered.model_version, registered.bundle_digest
     return DeployRecord(
         summary=f"endpoint {name} serves model version {version} (bundle {digest[:12]})",
@@ -159,16 +161,24 @@ def _registered_bundle(stage: Stage, registered: RegisterRecord) -> Bundle:
     return bundle
 
 
-def _with_index(stage: Stage, bundle: Bundle) -> Bundle:
-    """
+def _with_index(stage: Stage, bundle: Bundle, scratch: Path) -> Bundle:
+    """With the run's index, where it has one.
+
     Raises:
-        DataError: the run's index was made for another bundle.
+        ConfigError: the containers would have to log in to its store.
+        DataError: it was made for another bundle.
     """
     if not storage.exists(f"{stage.run}/{IndexRecord.stage}/result.json"):
         return bundle
     index = stage.local(stage.read(IndexRecord).index)
-    require_made_for(index, bundle.digest)
-    return bundle.with_index(index, stage.out / "release")
+    store = require_made_for(index, bundle.digest).retrieval.store
+    login = getattr(store, "api_key_env", "") or getattr(store, "token_env", "")
+    if login and not isinstance(stage.config.deploy, LocalDeploy):
+        raise ConfigError(
+            f"retrieval.store: {store.kind} given, which wants {login}; deploy.kind {stage.config.deploy.kind} hands its "
+            "containers no secrets; allowed: faiss, or a server without a login in their network"
+        )
+    return bundle.with_index(index, scratch / "release")
 
 
 def _opened(config: ProjectConfig) -> Deployer:

@@ -101,8 +101,9 @@ class SageMaker:
         log.warning("deploy: endpoint %s goes back to %s", self._name, config_name)
         with self._explained() as aws:
             client, deadline = aws.client("sagemaker"), time.monotonic() + self._config.deploy.timeout
-            client.update_endpoint(EndpointName=self._name, EndpointConfigName=config_name, **_retained(self._config))
-            _require_rolled_out(_settled(client, self._name, deadline), self._name, config_name, "")
+            with _changing_instances(aws, self._config, config_name):
+                client.update_endpoint(EndpointName=self._name, EndpointConfigName=config_name, **_retained(self._config))
+                _require_rolled_out(_settled(client, self._name, deadline), self._name, config_name, "")
 
     @functools.cached_property
     def _session(self) -> Any:
@@ -207,7 +208,9 @@ def _roll_out(aws: Any, config: ProjectConfig, config_name: str, tags: dict[str,
     elif (serves := endpoint["EndpointConfigName"]) != config_name:
         log.info("deploy: updating endpoint %s from %s to %s", name, serves, config_name)
         client.add_tags(ResourceArn=endpoint["EndpointArn"], Tags=_tags({**tags, SERVES: config_name, BEFORE: serves}))
-        client.update_endpoint(EndpointName=name, EndpointConfigName=config_name, **_how(config))
+        with _changing_instances(aws, config, config_name):
+            client.update_endpoint(EndpointName=name, EndpointConfigName=config_name, **_how(config))
+            _settled(client, name, deadline)
         previous = serves
     else:
         told = _tags_of(client, endpoint)
@@ -250,9 +253,43 @@ def _scale(aws: Any, config: ProjectConfig) -> None:
         scaler.register_scalable_target(**target, MinCapacity=scaling.least, MaxCapacity=scaling.most)
         scaler.put_scaling_policy(**shapes.scaling_policy(config, scaling))
         return
+    _unscale(aws, config)
+    client.add_tags(ResourceArn=endpoint["EndpointArn"], Tags=_tags({SCALES: ""}))
+
+
+def _unscale(aws: Any, config: ProjectConfig) -> None:
+    scaler, target = aws.client("application-autoscaling"), shapes.scalable_target(config)
     if scaler.describe_scalable_targets(ServiceNamespace="sagemaker", ResourceIds=[target["ResourceId"]])["ScalableTargets"]:
         scaler.deregister_scalable_target(**target)
-    client.add_tags(ResourceArn=endpoint["EndpointArn"], Tags=_tags({SCALES: ""}))
+
+
+@contextmanager
+def _changing_instances(aws: Any, config: ProjectConfig, config_name: str) -> Iterator[None]:
+    """Scale instances whose type is about to change no longer, and, whatever serves afterwards, again.
+
+    AWS refuses to change the type of instances that are scaled:
+    https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-auto-scaling-delete.html
+    """
+    client = aws.client("sagemaker")
+    endpoint = describe(client, config.endpoint_name)
+    if endpoint is None or not _tags_of(client, endpoint).get(SCALES):
+        yield
+        return
+    if _instance_type(client, endpoint["EndpointConfigName"]) == _instance_type(client, config_name):
+        yield
+        return
+    _unscale(aws, config)
+    try:
+        yield
+    finally:
+        if (now := describe(client, config.endpoint_name)) and now["EndpointStatus"] == IN_SERVICE:
+            _scale(aws, config)
+
+
+def _instance_type(client: Any, config_name: str) -> str | None:
+    """Of an endpoint config; None where it has no instances, or is not there any more."""
+    found = _found(client.describe_endpoint_config, EndpointConfigName=config_name)
+    return found["ProductionVariants"][0].get("InstanceType") if found else None
 
 
 def _raised_alarms(aws: Any, config: ProjectConfig, endpoint: dict[str, Any] | None, config_name: str) -> str:

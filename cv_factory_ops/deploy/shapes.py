@@ -6,6 +6,7 @@ https://docs.aws.amazon.com/AmazonCloudWatch/latest/APIReference/
 
 from __future__ import annotations
 
+import re
 from typing import Any, assert_never
 
 from cv_factory_ops import captures, storage
@@ -28,6 +29,8 @@ from cv_factory_ops.errors import ConfigError
 
 Shape = dict[str, Any]
 VARIANT = "AllTraffic"
+LOCAL_STORAGE = re.compile(r"ml\.([cmr]\d\w*d\w*|g[4-9]\w*|p3dn|p[4-9]\w*|trn\d\w*)\.\w+")
+"""Instances with disks of their own, which their hardware encrypts: CreateEndpointConfig refuses a key for them."""
 LIMITS = 600, 28800
 """Least and most of ``MaximumExecutionTimeoutInSeconds``."""
 
@@ -75,6 +78,7 @@ def endpoint_config(config: ProjectConfig, name: str) -> Shape:
     """CreateEndpointConfig of the model of the same name."""
     shape: Shape = {"EndpointConfigName": name, "ProductionVariants": [_variant(inference(config), name)]}
     key = _key(config)
+    volume_key = {} if LOCAL_STORAGE.fullmatch(getattr(inference(config), "instance_type", "")) else key
     if config.deploy.capture_percent:
         shape["DataCaptureConfig"] = {
             "EnableCapture": True,
@@ -88,9 +92,9 @@ def endpoint_config(config: ProjectConfig, name: str) -> Shape:
         case AsynchronousInference(concurrent=concurrent):
             places = {"S3OutputPath": f"{config.root}/async/out", "S3FailurePath": f"{config.root}/async/failed"}
             client = {"MaxConcurrentInvocationsPerInstance": concurrent}
-            return shape | key | {"AsyncInferenceConfig": {"OutputConfig": {**places, **key}, "ClientConfig": client}}
+            return shape | volume_key | {"AsyncInferenceConfig": {"OutputConfig": {**places, **key}, "ClientConfig": client}}
         case RealtimeInference():
-            return shape | key
+            return shape | volume_key
         case ServerlessInference():  # has no volume of its own to encrypt
             return shape
         case _ as unknown:

@@ -6,7 +6,6 @@ Rights are asked for by SelfSubjectAccessReview, which every account may create;
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -20,6 +19,7 @@ from cv_factory_ops.config import (
     ProjectConfig,
     SecretVolume,
     StageName,
+    Toleration,
 )
 from cv_factory_ops.doctor.findings import QUESTION_SECONDS, CannotTell, Check, Finding, fail, ok, warn
 from cv_factory_ops.errors import ConfigError, Unavailable
@@ -29,22 +29,36 @@ RIGHTS = (("pods", "", "create get list delete"), ("pods", "log", "get"), ("even
 """What Airflow's account needs, see docs/kubernetes.md."""
 OLDEST = (1, 20)
 GPU = "nvidia.com/gpu"
+Look = Callable[[ProjectConfig], Iterator[Finding]]
 
 
 def checks(config: ProjectConfig) -> list[Check]:
     """What to look at, where stages are pods."""
     if not isinstance(config.runtime, KubernetesRuntime):
         return []
+    looks: dict[str, Look] = {"cluster.namespace": _namespace, "cluster.rights": _rights, "cluster.named": _named}
+    looks |= {"cluster.image": _images, "cluster.room": _room, "cluster.queue": _queue}
+    silent: list[Unavailable] = []
     return [
         Check("cluster.reach", _seen_by_pods),
-        Check("cluster", _reached, "set KUBECONFIG to a file that opens the cluster"),
-        Check("cluster.namespace", _namespace),
-        Check("cluster.rights", _rights),
-        Check("cluster.named", _named),
-        Check("cluster.image", _images),
-        Check("cluster.room", _room),
-        Check("cluster.queue", _queue),
+        Check("cluster", _unless(silent, _reached), "set KUBECONFIG to a file that opens the cluster"),
+        *(Check(name, _unless(silent, look)) for name, look in looks.items()),
     ]
+
+
+def _unless(silent: list[Unavailable], look: Look) -> Look:
+    """Look, but not any more once the cluster did not answer: each question to it would take its time, and say the same."""
+
+    def looked(config: ProjectConfig) -> Iterator[Finding]:
+        if silent:
+            return
+        try:
+            yield from look(config)
+        except Unavailable as error:
+            silent.append(error)
+            raise
+
+    return looked
 
 
 def _seen_by_pods(config: ProjectConfig) -> Iterator[Finding]:
@@ -200,17 +214,57 @@ def _room(config: ProjectConfig) -> Iterator[Finding]:
     with _asked("nodes"):
         nodes = _client().CoreV1Api().list_node(_request_timeout=QUESTION_SECONDS).items
     for stage, pod in _pods(config):
-        count = config.training.nodes if stage == "train" else 1
-        fitting = sum(_fits(node, pod) for node in nodes)
-        asked = ", ".join(f"{name} {amount}" for name, amount in _asked_for(pod).items())
-        shown = f"stage {stage}" if stage else "stages"
-        if fitting >= count:
-            yield ok("cluster.room", f"{shown}: room for {count} pods with {asked} on {len(nodes)} nodes")
-        else:
-            largest = Counter({GPU: max((int(node.status.allocatable.get(GPU, "0")) for node in nodes), default=0)})
-            found = f"{shown}: nodes have room for {fitting} pods of {count} with {asked}; most {GPU} of a node: {largest[GPU]}"
-            cure = "fewer or smaller requests, another node_selector, or more nodes (an autoscaler may add them)"
-            yield fail("cluster.room", found, cure)
+        yield room(f"stage {stage}" if stage else "stages", pod, config.training.nodes if stage == "train" else 1, nodes)
+
+
+def room(shown: str, pod: PodSettings, count: int, nodes: list[Any]) -> Finding:
+    """Whether so many pods fit on the nodes, and what keeps them off; an autoscaler may add nodes of which there is none."""
+    meant = [node for node in nodes if _is_meant(node, pod)]
+    free = [node for node in meant if not _repelling(node, pod)]
+    fitting = sum(_fits(node, pod) for node in free)
+    asked = ", ".join(f"{name} {amount}" for name, amount in _asked_for(pod).items()) or "no requests"
+    wanted = f"{shown}: {count} pods with {asked}"
+    if fitting >= count:
+        return ok("cluster.room", f"{wanted}: room on {len(free)} nodes")
+    if not meant:
+        selector = ", ".join(f"{name}={value}" for name, value in pod.node_selector.items())
+        told = f"{wanted}: no node {f'with the labels {selector}' if selector else f'has {GPU}' if pod.gpus else 'is there'}"
+        return warn("cluster.room", told, "an autoscaler may add one; else change node_selector or requests")
+    if not free:
+        taints = [taint for node in meant for taint in _repelling(node, pod)]
+        names = ", ".join(sorted({f"{taint.key}={taint.value or ''}:{taint.effect}" for taint in taints}))
+        # Some clusters, EKS among them, add the toleration of a resource that a pod asks for.
+        kind = warn if all(taint.key in _asked_for(pod) for taint in taints) else fail
+        return kind("cluster.room", f"{wanted}: the nodes have the taint {names}", "add it to runtime.pod.tolerations")
+    told = f"{wanted}: the nodes have room for {fitting}"
+    if fitting:
+        return warn("cluster.room", told, "an autoscaler may add nodes; else fewer or smaller requests")
+    return fail("cluster.room", told, "smaller requests, another node_selector, or larger nodes")
+
+
+def _is_meant(node: Any, pod: PodSettings) -> bool:
+    """Whether the pods' settings allow this node: its labels, a GPU where they ask for one, and that it takes pods at all."""
+    labels = node.metadata.labels or {}
+    chosen = all(labels.get(name) == value for name, value in pod.node_selector.items())
+    return chosen and not node.spec.unschedulable and (not pod.gpus or int(node.status.allocatable.get(GPU, "0")) > 0)
+
+
+def _repelling(node: Any, pod: PodSettings) -> list[Any]:
+    """The taints that keep these pods off a node.
+
+    https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/
+    """
+    return [
+        taint
+        for taint in node.spec.taints or []
+        if taint.effect != "PreferNoSchedule" and not any(_tolerates(toleration, taint) for toleration in pod.tolerations)
+    ]
+
+
+def _tolerates(toleration: Toleration, taint: Any) -> bool:
+    """An empty key with ``Exists`` fits every taint, an empty effect every effect."""
+    fits = toleration.operator == "Exists" or (toleration.value or "") == (taint.value or "")
+    return fits and toleration.key in {None, "", taint.key} and toleration.effect in {None, taint.effect}
 
 
 def _asked_for(pod: PodSettings) -> dict[str, str]:
@@ -218,15 +272,12 @@ def _asked_for(pod: PodSettings) -> dict[str, str]:
 
 
 def _fits(node: Any, pod: PodSettings) -> int:
-    """How many such pods an empty node holds."""
+    """How many such pods an empty node holds; a node has a number of pods that it takes, too."""
     from kubernetes.utils import parse_quantity
 
-    labels = node.metadata.labels or {}
-    if any(labels.get(name) != value for name, value in pod.node_selector.items()) or node.spec.unschedulable:
-        return 0
-    amounts = {name: Decimal(parse_quantity(amount)) for name, amount in _asked_for(pod).items()}
+    amounts = {name: Decimal(parse_quantity(amount)) for name, amount in ({"pods": "1"} | _asked_for(pod)).items()}
     allocatable = {name: Decimal(parse_quantity(node.status.allocatable.get(name, "0"))) for name in amounts}
-    return min((int(allocatable[name] // amount) for name, amount in amounts.items() if amount), default=1)
+    return min(int(allocatable[name] // amount) for name, amount in amounts.items() if amount)
 
 
 def _queue(config: ProjectConfig) -> Iterator[Finding]:
@@ -278,6 +329,9 @@ def _client() -> Any:
             loading.load_incluster_config()
         else:
             loading.load_kube_config()
+        patience = client.Configuration.get_default_copy()
+        patience.retries = False  # by themselves three more, of QUESTION_SECONDS each
+        client.Configuration.set_default(patience)
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # `cluster.tls` tells it once
     except loading.ConfigException:
         raise Unavailable("no cluster is configured: neither KUBECONFIG nor a pod's own account") from None

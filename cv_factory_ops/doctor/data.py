@@ -230,7 +230,10 @@ def _video(config: ProjectConfig, given: VideoSource) -> Finding:
     if lacking:
         return fail("source", f"{', '.join(lacking)}: not set, the stream's address needs it", "set it where stages run")
     parts = urllib.parse.urlsplit(os.path.expandvars(given.path))
-    host, port = parts.hostname or "", parts.port or PORTS.get(parts.scheme, 554)
+    try:
+        host, port = parts.hostname or "", parts.port or PORTS.get(parts.scheme, 554)
+    except ValueError:  # its message holds a piece of the password
+        return fail("source", "the stream's address cannot be read", "percent-encode what its password has of / # @ : ?")
     if reason := reaches(host, port):
         return fail("source", f"the camera at {host}:{port} does not answer ({reason})", "check address and network")
     return warn("source", f"{host}:{port} answers; whether it streams shows in ingestion only")

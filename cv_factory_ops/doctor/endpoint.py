@@ -31,11 +31,12 @@ from cv_factory_ops.errors import ConfigError
 ECR = re.compile(
     r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/(?P<name>[^:@]+)(?P<version>[:@].+)?"
 )
-ACTIONS = (
-    *("CreateModel", "CreateEndpointConfig", "CreateEndpoint", "UpdateEndpoint", "InvokeEndpoint"),
-    *("DescribeModel", "DescribeEndpointConfig", "DescribeEndpoint", "ListTags", "AddTags"),
-)
-"""What ``deploy``, ``verify`` and ``promote`` ask SageMaker for."""
+ACTIONS = {
+    "endpoint/{name}": "CreateEndpoint UpdateEndpoint DeleteEndpoint DescribeEndpoint InvokeEndpoint ListTags AddTags",
+    "endpoint-config/{name}-any": "CreateEndpointConfig DescribeEndpointConfig CreateEndpoint UpdateEndpoint",
+    "model/{name}-any": "CreateModel DescribeModel",
+}
+"""What ``deploy``, ``verify`` and ``promote`` ask SageMaker for, by resource; a role may be held to the endpoint's own."""
 NO_LOGIN = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError", "SSOTokenLoadError"}
 BAD_LOGIN = {
     "InvalidClientTokenId",
@@ -91,8 +92,8 @@ def _on_aws(question: Question, config: ProjectConfig) -> Iterator[Finding]:
     from botocore.config import Config
 
     patience = Config(connect_timeout=5, read_timeout=QUESTION_SECONDS, retries={"total_max_attempts": 2})
-    client = functools.partial(sagemaker.session(config).client, config=patience)
     try:
+        client = functools.partial(sagemaker.session(config).client, config=patience)
         yield from question(config, config.deploy, client)
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in {"botocore", "boto3"}:
@@ -137,7 +138,8 @@ def _role(config: ProjectConfig, deploy: SageMakerDeploy, client: Any) -> Iterat
     except Exception as error:
         if _code(error) != "NoSuchEntity":
             raise
-        yield fail("deploy.role", f"role {name} is not there", "terraform/modules/iam makes it, or change deploy.role_arn")
+        cure = "terraform/modules/sagemaker_endpoint makes it, or change deploy.role_arn"
+        yield fail("deploy.role", f"role {name} is not there", cure)
         return
     trust = role["AssumeRolePolicyDocument"]
     trust = json.loads(trust) if isinstance(trust, str) else trust
@@ -149,16 +151,22 @@ def _role(config: ProjectConfig, deploy: SageMakerDeploy, client: Any) -> Iterat
 
 def _rights(config: ProjectConfig, deploy: SageMakerDeploy, client: Any) -> Iterator[Finding]:
     """What this login may do, by IAM's own simulation; policies of the organization are not in it."""
-    arn = client("sts").get_caller_identity()["Arn"]
+    login = client("sts").get_caller_identity()
+    arn = login["Arn"]
     if arn.endswith(":root"):
         yield warn("deploy.rights", "the login is the account's root user, who may do everything", "use a role")
         return
     assumed = re.fullmatch(r"arn:([a-z-]+):sts::(\d+):assumed-role/([^/]+)/.+", arn)
     principal = client("iam").get_role(RoleName=assumed[3])["Role"]["Arn"] if assumed else arn
-    asked = [([f"sagemaker:{action}" for action in ACTIONS], "*"), (["iam:PassRole"], deploy.role_arn)]
+    prefix = f"arn:{arn.split(':')[1]}:sagemaker:{client('sts').meta.region_name}:{login['Account']}:"
+    asked = {
+        prefix + place.format(name=config.endpoint_name): [f"sagemaker:{action}" for action in actions.split()]
+        for place, actions in ACTIONS.items()
+    }
+    asked |= {deploy.role_arn: ["iam:PassRole"]}
     results = [
         result
-        for actions, resource in asked
+        for resource, actions in asked.items()
         for result in client("iam").simulate_principal_policy(
             PolicySourceArn=principal,
             ActionNames=actions,
@@ -172,10 +180,9 @@ def _rights(config: ProjectConfig, deploy: SageMakerDeploy, client: Any) -> Iter
             ],
         )["EvaluationResults"]
     ]
-    if denied := [result["EvalActionName"] for result in results if result["EvalDecision"] != "allowed"]:
-        yield fail(
-            "deploy.rights", f"{principal} may not: {', '.join(denied)}", "allow it; terraform/modules/iam has the policy"
-        )
+    if denied := dict.fromkeys(result["EvalActionName"] for result in results if result["EvalDecision"] != "allowed"):
+        cure = "allow it; `rolls_out` of terraform/modules/iam has the policy"
+        yield fail("deploy.rights", f"{principal} may not: {', '.join(denied)}", cure)
     else:
         yield ok("deploy.rights", f"{principal} may deploy, and pass the role on")
 

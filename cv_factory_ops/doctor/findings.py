@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
+from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.errors import CvFactoryError, unexpected
 from cv_factory_ops.records import Frozen
@@ -69,8 +70,9 @@ def carried_out(check: Check, config: ProjectConfig, patience: float = PATIENCE)
 
 def _look(check: Check, config: ProjectConfig, found: list[Finding]) -> None:
     try:
-        for finding in check.look(config):
-            found.append(finding)
+        with storage.impatient(QUESTION_SECONDS / 2):
+            for finding in check.look(config):
+                found.append(finding)
     except CannotTell as error:
         found.append(warn(check.name, f"cannot be told: {error}"))
     except CvFactoryError as error:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import KubernetesRuntime, ProjectConfig, home
+from cv_factory_ops.config import KubernetesRuntime, PodSettings, ProjectConfig, home
 from cv_factory_ops.doctor.findings import CannotTell, Finding, fail, ok, warn
 from cv_factory_ops.domain import open_domain
+from cv_factory_ops.reach import PSEUDONYMIZING
 
 GIB = 1 << 30
 TRAINING_MEMORY = GIB
@@ -129,9 +130,11 @@ def free_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/
     free = int(lines["MemAvailable"].split()[0]) * 1024
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    cached = int(counted.get("inactive_file", 0))  # what files were read, which the kernel drops when it is short
+    return free if limit == "max" else min(free, int(limit) - int(used) + cached)
 
 
 def disk(config: ProjectConfig) -> Iterator[Finding]:
@@ -158,6 +161,8 @@ def environment(config: ProjectConfig) -> Iterator[Finding]:
         place = f"environment.{name}"
         if _is_given(config, name):
             yield ok(place, f"is set, for {path}")
+        elif hidden := _hidden_in(config):
+            yield warn(place, f"may be in the Secret {hidden}; {path} takes it", _where_to_set(config, name))
         else:
             kind = warn if path.startswith(BY_HAND) else fail
             yield kind(place, f"is not set; {path} takes it", _where_to_set(config, name))
@@ -177,11 +182,23 @@ def named_variables(section: BaseModel, prefix: str = "") -> Iterator[tuple[str,
             yield path, value
 
 
-def _is_given(config: ProjectConfig, name: str) -> bool:
+def _is_given(config: ProjectConfig, name: str, stages: Collection[str] = ()) -> bool:
+    """Whether this process has a variable; where stages are pods, those of these stages, or of any."""
     if not isinstance(config.runtime, KubernetesRuntime):
         return bool(os.environ.get(name))
-    pods = [config.runtime.pod, *config.runtime.stages.values()]
-    return any(name in {*pod.env, *pod.secret_env} or pod.env_from_secrets for pod in pods)
+    given = [name in {*pod.env, *pod.secret_env} for pod in _pods(config.runtime, stages)]
+    return all(given) if stages else any(given)
+
+
+def _hidden_in(config: ProjectConfig, stages: Collection[str] = ()) -> str:
+    """Secrets whose keys are variables of pods as they are; which keys they have is not looked at."""
+    if not isinstance(config.runtime, KubernetesRuntime):
+        return ""
+    return " or ".join(sorted({name for pod in _pods(config.runtime, stages) for name in pod.env_from_secrets}))
+
+
+def _pods(runtime: KubernetesRuntime, stages: Collection[str]) -> list[PodSettings]:
+    return [runtime.pod_of(stage) for stage in stages] or [runtime.pod, *map(runtime.pod_of, runtime.stages)]
 
 
 def _where_to_set(config: ProjectConfig, name: str) -> str:
@@ -192,8 +209,10 @@ def _where_to_set(config: ProjectConfig, name: str) -> str:
 
 def _pseudonym_key(config: ProjectConfig) -> Finding:
     name, file = "environment.CVF_PSEUDONYM_KEY", home() / "var" / "pseudonym.key"
-    if _is_given(config, "CVF_PSEUDONYM_KEY"):
+    if _is_given(config, "CVF_PSEUDONYM_KEY", PSEUDONYMIZING):
         return ok(name, "is set")
+    if hidden := _hidden_in(config, PSEUDONYMIZING):
+        return warn(name, f"may be in the Secret {hidden}", _where_to_set(config, "CVF_PSEUDONYM_KEY"))
     if isinstance(config.runtime, KubernetesRuntime):
         return fail(name, "is not given to the pods; all need the same key", _where_to_set(config, "CVF_PSEUDONYM_KEY"))
     told = f"is not set; the key of {file} is taken" if file.exists() else f"is not set; one will be made in {file}"

@@ -47,16 +47,17 @@ def _created_once(probe: str) -> Finding:
 
 
 def _replaced_as_expected(probe: str) -> Finding:
-    if files.path_of(probe) is None and not _refuses_stale_etag(probe):
+    if files.path_of(probe) is None and (code := _answer_to_stale_etag(probe)) not in {"PreconditionFailed", "412"}:
         found = "an object was replaced by one who had not seen its last change: If-Match is not heeded"
+        found = f"a conditional write (If-Match) was answered with {code}" if code else found
         return fail("storage.replace", found, "use a store with conditional writes, see docs/compose.md")
     if files.replace_bytes(probe, b"other", b"three") or not files.replace_bytes(probe, b"one", b"three"):
         return fail("storage.replace", "an object is not replaced as it should be", "use another store")
     return ok("storage.replace", "an object is only replaced by who has seen its last change")
 
 
-def _refuses_stale_etag(probe: str) -> bool:
-    """Whether the store compares: ours, asked politely, compares itself first."""
+def _answer_to_stale_etag(probe: str) -> str:
+    """The store's error code, empty where it writes: ours, asked politely, compares itself first."""
     import boto3
     from botocore.exceptions import ClientError
 
@@ -64,8 +65,8 @@ def _refuses_stale_etag(probe: str) -> bool:
     try:
         boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=b"one", IfMatch=f'"{"0" * 32}"')
     except ClientError as error:
-        return error.response["Error"]["Code"] in {"PreconditionFailed", "412"}
-    return False
+        return str(error.response["Error"]["Code"])
+    return ""
 
 
 def _deleted(probe: str) -> Finding:

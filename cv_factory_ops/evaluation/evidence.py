@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MODIFICATIONS, PROTOCOL, IMPACT = "1-description-of-modifications", "2-modification-protocol", "3-impact-assessment"
 SUMS = "SHA256SUMS"
 STAGES = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "verify")
-"""Stages whose records are part of it."""
+"""Stages whose records are part of it; so is that of ``index``, where it has run."""
 LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """Time of every file in the archive, the earliest that ZIP knows: what is the same shall give the same archive."""
 
@@ -130,7 +130,8 @@ def _impact(stage: Stage, folder: Path, before: audit.Entry | None) -> dict[str,
     """The verdict with its numbers, what it rests on, who approved, and the drift that led here."""
     registered, gate, evaluation = stage.read(RegisterRecord), stage.read(GateRecord), stage.read(EvaluateRecord)
     approval, decisions = approval_of(stage, registered), list(_decisions(stage.config, before))
-    for name in STAGES:
+    with_index = ("index",) if storage.exists(f"{stage.run}/index/result.json") else ()
+    for name in (*STAGES, *with_index):
         _write_json(folder / "records" / f"{name}.json", protocol.without_logins(read_result(stage.run, name).record))
     plots = [uri.rsplit("/", 1)[1] for uri in evaluation.pictures]
     for name in ("gate/criteria.json", "gate/criteria.png", *(f"evaluate/{plot}" for plot in plots if plot not in GALLERIES)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cv_factory_ops.config import ChromaStore
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
-from cv_factory_ops.features.engine import Engine, Record, login
+from cv_factory_ops.features.engine import Engine, Record, login, writable
 from cv_factory_ops.features.fields import Clause, fields, metadata_of, plain
 from cv_factory_ops.features.stores import Item
 
@@ -44,26 +44,33 @@ class ChromaVectors(Engine):
         """See :func:`cv_factory_ops.features.stores.open_store`."""
         from chromadb import HttpClient, PersistentClient
         from chromadb.config import Settings
+        from chromadb.errors import ChromaError
 
         place = config.url or str(folder)
         token = login(config.token_env)
         settings = Settings(anonymized_telemetry=False)
-        try:
-            if config.url:
-                url = urlsplit(config.url)
-                client = HttpClient(
-                    url.hostname or "",
-                    url.port or (443 if url.scheme == "https" else 80),
-                    ssl=url.scheme == "https",
-                    headers={"Authorization": f"Bearer {token}"} if token else None,
-                    settings=settings,
-                )
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                client = PersistentClient(folder, settings=settings)
-        except ValueError:  # what HttpClient makes of any failure to connect
-            raise Unavailable(f"{place}: Chroma does not answer") from None
-        return cls(client, place, config, name, dimensions)
+        with ExitStack() as held:
+            where = folder if config.url else writable(folder, held)
+            try:
+                if config.url:
+                    url = urlsplit(config.url)
+                    client = HttpClient(
+                        url.hostname or "",
+                        url.port or (443 if url.scheme == "https" else 80),
+                        ssl=url.scheme == "https",
+                        headers={"Authorization": f"Bearer {token}"} if token else None,
+                        settings=settings,
+                    )
+                else:
+                    client = PersistentClient(where, settings=settings)
+            except (ValueError, ChromaError) as error:  # of any failure to connect, HttpClient makes the first
+                if config.url:
+                    raise Unavailable(f"{place}: Chroma does not answer") from None
+                raise DataError(f"{place}: Chroma cannot open it ({type(error).__name__})") from None
+            held.callback(client.close)
+            store = cls(client, place, config, name, dimensions)
+            store.is_copy, store.held = where != folder, held.pop_all()
+        return store
 
     def read(self, ids: Sequence[str]) -> Mapping[str, Record]:
         with self._explained():
@@ -110,9 +117,6 @@ class ChromaVectors(Engine):
         with self._explained():
             return int(self.collection.count())
 
-    def close(self) -> None:
-        self.client.close()
-
     def _admitted(self, where: Any) -> int:
         return len(self.collection.get(where=where, include=[])["ids"]) if where else self.collection.count()
 
@@ -139,5 +143,8 @@ def _records(answer: Mapping[str, Any]) -> list[Record]:
 
 def _where(wanted: Sequence[Clause]) -> Any:
     names = {"in": "$in", "==": "$eq", ">=": "$gte", "<=": "$lte"}
-    terms = [{clause.field: {names[clause.operator]: clause.operand}} for clause in wanted]
+    terms = [
+        {clause.field: {names[clause.operator]: list(each) if isinstance(each := clause.operand, tuple) else each}}
+        for clause in wanted
+    ]
     return {"$and": terms} if len(terms) > 1 else next(iter(terms), None)

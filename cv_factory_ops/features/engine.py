@@ -7,19 +7,25 @@ are, and equally near items are seen to be so.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_factory_ops import storage
 from cv_factory_ops.errors import ConfigError, DataError
-from cv_factory_ops.features.checks import Metric, checked, checked_query, distances
+from cv_factory_ops.features.checks import TIED, Metric, checked, checked_query, distances, is_value
 from cv_factory_ops.features.fields import Clause, clauses, fields
 from cv_factory_ops.features.stores import Filter, Item, Match
 
@@ -47,6 +53,10 @@ class Engine(ABC):
         self.place = place
         self.metric = metric
         self.dimensions = dimensions
+        self.held = ExitStack()
+        """What is freed when it is closed."""
+        self.is_copy = False
+        """Of a folder that cannot be written: changes are refused, as they would be lost."""
 
     @abstractmethod
     def read(self, ids: Sequence[str]) -> Mapping[str, Record]:
@@ -72,9 +82,8 @@ class Engine(ABC):
     def count(self) -> int:
         """How many there are."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Free what is held."""
+        self.held.close()
 
     def add(self, items: Sequence[Item], vectors: NDArray[np.float32]) -> None:
         prepared = self._checked(items, vectors)
@@ -88,6 +97,7 @@ class Engine(ABC):
         self._write(items, prepared)
 
     def delete(self, ids: Sequence[str]) -> int:
+        self._require_writable()
         present = list(self._records(ids))
         for part in parts(present, self.batch):
             self.remove(part)
@@ -104,13 +114,13 @@ class Engine(ABC):
     def search(self, vector: NDArray[np.float32], k: int, where: Filter | None = None) -> list[Match]:
         query = checked_query(vector, self.metric, self.dimensions)
         wanted = clauses(where or {})
-        if any(clause.operand == [] for clause in wanted):
+        if k < 1 or any(clause.operand == () for clause in wanted):
             return []
         asked = k + 1
         while True:
             matches = self._ranked(query, self.nearest(query, asked, wanted))
             # The engine chooses among equally near ones as it likes: all of them have to be seen for the first by id.
-            if len(matches) < asked or matches[-1].distance > matches[k - 1].distance:
+            if len(matches) < asked or matches[-1].distance > matches[k - 1].distance or asked >= TIED:
                 return matches[:k]
             asked *= 2
 
@@ -123,7 +133,12 @@ class Engine(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
+    def _require_writable(self) -> None:
+        if self.is_copy:
+            raise storage.explained_os_error(OSError(errno.EROFS, os.strerror(errno.EROFS)), self.place)
+
     def _checked(self, items: Sequence[Item], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        self._require_writable()
         prepared = checked(items, vectors, self.metric, self.dimensions)
         if any((size := len(json.dumps([fields(item.metadata), item.text]))) > self.largest for item in items):
             raise DataError(f"{self.place}: an item takes {size} bytes; at most {self.largest} can be kept here")
@@ -142,7 +157,7 @@ class Engine(ABC):
 
     def _records(self, ids: Sequence[str]) -> dict[str, Record]:
         found: dict[str, Record] = {}
-        for part in parts(list(dict.fromkeys(ids)), self.batch):
+        for part in parts(list(filter(is_value, dict.fromkeys(ids))), self.batch):
             found |= self.read(part)
         return found
 
@@ -156,6 +171,27 @@ class Engine(ABC):
 def parts(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """The values, ``size`` at a time."""
     return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def writable(folder: Path, held: ExitStack) -> Path:
+    """A folder, which is made where there is none; where it cannot be written, a copy of it in a temporary one that goes with
+    ``held``: for engines that write even to read.
+
+    Raises:
+        DataError, Unavailable: it cannot be made, read or copied.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        inside = list(folder.rglob("*"))
+        if all(os.access(path, os.W_OK) for path in (folder, *inside)):
+            return folder
+        copy = Path(held.enter_context(TemporaryDirectory(prefix="cvf-store-")))
+        for path in inside:  # without modes, which would keep the copy from being written
+            there = copy / path.relative_to(folder)
+            there.mkdir() if path.is_dir() else shutil.copyfile(path, there)
+        return copy
+    except OSError as error:
+        raise storage.explained_os_error(error, str(folder)) from None
 
 
 def login(variable: str) -> str:

@@ -91,7 +91,7 @@ class Rows:
         if clause.field not in self.table.column_names:
             return pa.array(np.zeros(len(self), np.bool_))
         column = self.table[clause.field].chunk(0)
-        if isinstance(clause.operand, list):
+        if isinstance(clause.operand, tuple):
             codes = [pc.index(column.dictionary, word).as_py() for word in clause.operand]  # -1 of a word that nobody has
             return pc.is_in(column.indices, value_set=pa.array(codes, pa.int32()))
         compare = {"==": pc.equal, ">=": pc.greater_equal, "<=": pc.less_equal}[clause.operator]

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ from pydantic import ValidationError
 from cv_factory_ops import storage
 from cv_factory_ops.config import FaissIndex, FaissStore, FlatIndex, IvfPqIndex
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
-from cv_factory_ops.features.checks import Metric, checked, checked_query
+from cv_factory_ops.features.checks import TIED, Metric, checked, checked_query
 from cv_factory_ops.features.faiss_index import Admitted, Vectors, worthwhile
 from cv_factory_ops.features.faiss_rows import Rows
 from cv_factory_ops.features.fields import Clause, clauses
@@ -42,6 +43,8 @@ DEAD = 0.25
 """Share of rows in the base, deleted or replaced, above which it is built anew."""
 BATCH = 50_000
 """Vectors that are moved at a time."""
+FILTERS = 4
+"""Latest ones of which the admitted rows are remembered."""
 SAME = 1e-6
 """What equal distances may differ by when FAISS calculates them."""
 OURS = re.compile(r"(tail_)?(vectors|items|index|alive)-\d+|\.store\.json\..+")
@@ -73,6 +76,7 @@ class Part:
         self.rows, self.vectors = rows, vectors
         self.alive = alive
         self._alive = None if alive is None else Admitted(alive)
+        self._admitted = lru_cache(FILTERS)(partial(_admitted, rows, alive))
 
     def count(self) -> int:
         return len(self.rows) if self._alive is None else len(self._alive.rows)
@@ -87,9 +91,9 @@ class Part:
 
     def search(self, query: NDArray[np.float32], k: int, wanted: Sequence[Clause]) -> list[Match]:
         """All that may be among the nearest k: those, and any that are as near as the last of them."""
-        admitted, asked = self._admitted(wanted), k + 1
+        admitted, asked = self._admitted(tuple(wanted)) if wanted else self._alive, k + 1
         far, rows = self.vectors.nearest(query, asked, admitted)
-        while len(rows) == asked and far[-1] <= far[k - 1] * (1 + SAME) + SAME:
+        while len(rows) == asked < TIED and far[-1] <= far[k - 1] * (1 + SAME) + SAME:
             asked *= 2
             far, rows = self.vectors.nearest(query, asked, admitted)
         if any(later - earlier <= SAME * (1 + later) for earlier, later in pairwise(far)):
@@ -112,12 +116,6 @@ class Part:
     def _batches(self) -> Iterator[NDArray[np.int64]]:
         rows = np.arange(len(self.rows)) if self._alive is None else self._alive.rows
         return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
-
-    def _admitted(self, wanted: Sequence[Clause]) -> Admitted | None:
-        if not wanted:
-            return self._alive
-        mask = self.rows.admitted(wanted)
-        return Admitted(mask if self.alive is None else mask & self.alive)
 
 
 class FaissVectors:
@@ -371,6 +369,11 @@ class FaissVectors:
         for path in self._folder.iterdir():
             if OURS.fullmatch(path.name) and path.name not in used:
                 path.unlink()
+
+
+def _admitted(rows: Rows, alive: NDArray[np.bool_] | None, wanted: tuple[Clause, ...]) -> Admitted:
+    mask = rows.admitted(wanted)
+    return Admitted(mask if alive is None else mask & alive)
 
 
 def _read_pointer(folder: Path) -> Pointer | None:

@@ -6,6 +6,7 @@ quotes, so nothing can break out of one, and a name may hold a word in one item 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Clause:
 
     field: str
     operator: Literal["in", "==", ">=", "<="]
-    operand: list[str] | float
+    operand: tuple[str, ...] | float
     """Words where the operator is ``in``, else a number."""
 
 
@@ -66,21 +67,23 @@ def clauses(where: Filter) -> list[Clause]:
     """A filter in terms of :func:`fields`.
 
     Raises:
-        DataError: it asks for something else than words, a finite number or numbers between two.
+        DataError: it asks for something else than words, a finite number or numbers between two, or by a name that is no text.
     """
     found: list[Clause] = []
     for name, wanted in where.items():
+        if not is_value(name):
+            raise DataError(f"filter {name!a}: is no text of Unicode")
         word, number = f"w_{plain(name)}", f"n_{plain(name)}"
         match wanted:
-            case str():
-                found.append(Clause(word, "in", [plain(wanted)]))
-            case Between(low, high):
+            case str() if is_value(wanted):
+                found.append(Clause(word, "in", (plain(wanted),)))
+            case Between(low, high) if all(bound is None or math.isfinite(bound) for bound in (low, high)):
                 found.append(Clause(number, ">=", float(-sys.float_info.max if low is None else low)))
                 found += [] if high is None else [Clause(number, "<=", float(high))]
             case int() | float() if is_value(wanted):
                 found.append(Clause(number, "==", float(wanted)))
-            case [*words] if all(isinstance(each, str) for each in words):
-                found.append(Clause(word, "in", [plain(str(each)) for each in words]))
+            case [*words] if all(isinstance(each, str) and is_value(each) for each in words):
+                found.append(Clause(word, "in", tuple(plain(str(each)) for each in words)))
             case _:
-                raise DataError(f"filter {name}: must be a word, a list of words, a finite number, or numbers between two")
+                raise DataError(f"filter {name}: must be a word, a list of words, a finite number, or finite ones between two")
     return found

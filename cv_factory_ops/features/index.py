@@ -2,10 +2,12 @@
 
 index.json   for which bundle it was made, how, and the kinds of its metadata
 store/       the files of a store that keeps files
+encoder/     the model of a cross-encoder, where there is one
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -15,16 +17,18 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cv_factory_ops.answers import Neighbour
-from cv_factory_ops.config import RetrievalConfig
+from cv_factory_ops.config import CrossEncoderReranker, RetrievalConfig
 from cv_factory_ops.domain import Kind, Metadata
 from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.features.retrievers import Query, Retriever
 from cv_factory_ops.features.stores import Between, Filter, Match, Value, VectorStore, open_store
 from cv_factory_ops.records import Frozen
 
-MANIFEST, STORE = "index.json", "store"
+MANIFEST, STORE, ENCODER = "index.json", "store", "encoder"
 MOST = 100
 """Similar studies that may be asked for at a time."""
+MOST_LOOKED_AT = 5000
+"""Images that are looked at for them: so much work a request may cause."""
 OWN: Mapping[str, Kind] = {
     "label": "category",
     "patient": "category",
@@ -43,19 +47,31 @@ class IndexManifest(Frozen):
     bundle_digest: str
     retrieval: RetrievalConfig
     name: str
-    """Of the collection, where the store is a server."""
+    """Of this build, and of its collection where the store is a server: what is served is never changed in place."""
     dimensions: int
     count: int
     metadata: dict[str, Kind]
     """What a search can be narrowed by."""
 
 
+def filters(given: Sequence[str]) -> list[tuple[str, str]]:
+    """Names and values of filters as they are typed, ``label:normal``; :meth:`Index.where` knows which there are.
+
+    Raises:
+        Rejected: code ``filter``: one has no colon.
+    """
+    pairs = [each.partition(":") for each in given]
+    if not all(separator for _, separator, _ in pairs):
+        raise Rejected("filter", "a filter is a name and a value, as in label:normal")
+    return [(name, value) for name, _, value in pairs]
+
+
 class Index:
     """An open index. Not changed by use."""
 
-    def __init__(self, manifest: IndexManifest, store: VectorStore) -> None:
+    def __init__(self, manifest: IndexManifest, store: VectorStore, retrieval: RetrievalConfig) -> None:
         self.manifest, self.store = manifest, store
-        self._retriever = Retriever(store, manifest.retrieval)
+        self._retriever = Retriever(store, retrieval)
 
     @classmethod
     def open(cls, folder: Path, bundle_digest: str) -> Index:
@@ -67,25 +83,37 @@ class Index:
         """
         manifest = require_made_for(folder, bundle_digest)
         store = open_store(manifest.retrieval.store, folder / STORE, manifest.name, manifest.dimensions)
-        if store.count() != manifest.count:
-            found = store.count()
+        try:
+            if (found := store.count()) != manifest.count:
+                written = f"not {manifest.count} as it was written"
+                raise DataError(f"{folder}: holds {found} vectors, {written}; run `cvf index --force`")
+            return cls(manifest, store, _with_encoder(manifest.retrieval, folder))
+        except BaseException:
             store.close()
-            raise DataError(f"{folder}: holds {found} vectors, not {manifest.count} as it was written; run `cvf index --force`")
-        return cls(manifest, store)
+            raise
 
     def similar(
-        self, vector: NDArray[np.float32], k: int = 0, where: Filter | None = None, metadata: Metadata | None = None
+        self,
+        vector: NDArray[np.float32],
+        k: int | None = None,
+        where: Filter | None = None,
+        metadata: Metadata | None = None,
+        patient: str = "",
     ) -> list[Neighbour]:
-        """Those most like a vector (dimensions,), nearest first, one of each patient; ``k`` or, where it is 0,
-        ``retrieval.k``. A hybrid search looks for the words of the ``metadata`` as well."""
-        wanted, text = k or self.manifest.retrieval.k, " ".join(v for v in (metadata or {}).values() if isinstance(v, str))
-        asked, found = 2 * wanted, list[Match]()
+        """Those most like a vector (dimensions,), most similar first, one of each patient and none of ``patient``; ``k`` or,
+        without a number, ``retrieval.k``. A hybrid search looks for the words of the ``metadata`` as well.
+
+        Where the ``MOST_LOOKED_AT`` most similar images are of so few patients, there are less.
+        """
+        wanted = k or self.manifest.retrieval.k
+        text = " ".join(value for value in (metadata or {}).values() if isinstance(value, str))
+        asked = 2 * wanted
         while True:
             found = self._retriever.retrieve(Query(vector, text, where), asked)
-            nearest = _one_a_patient(found)
-            if len(nearest) >= wanted or len(found) < asked:
-                return [_neighbour(match) for match in nearest[:wanted]]
-            asked *= 2
+            kept = _one_a_patient(found, patient)
+            if len(kept) >= wanted or len(found) < asked or asked >= MOST_LOOKED_AT:
+                return [_neighbour(match) for match in kept[:wanted]]
+            asked = min(2 * asked, MOST_LOOKED_AT)
 
     def where(self, given: Sequence[tuple[str, str]]) -> Filter:
         """A filter from names and values as people write them: ``label opacity``; of a number ``40..65``, ``40..``, ``..65``
@@ -99,6 +127,8 @@ class Index:
         for name, value in given:
             if name not in allowed:
                 raise Rejected("filter", f"a filter by {name[:40]!r} given; allowed: {', '.join(sorted(allowed))}")
+            if not value or not value.isprintable():  # which what is left of bytes that are no text is not
+                raise Rejected("filter", f"{name}: {value[:40]!r} given; allowed: words that can be printed")
             if allowed[name] == "number":
                 found[name] = _between(name, value)
             else:
@@ -147,14 +177,23 @@ def _between(name: str, value: str) -> Between:
     low, separator, high = value.partition("..")
     try:
         bounds = [float(bound) if bound else None for bound in ((low, high) if separator else (low, low))]
+        if not all(bound is None or math.isfinite(bound) for bound in bounds):
+            raise ValueError
     except ValueError:
         raise Rejected("filter", f"{name}: {value[:40]!r} given; allowed: a number, or two as in 40..65") from None
     return Between(bounds[0], bounds[1])
 
 
-def _one_a_patient(found: Sequence[Match]) -> list[Match]:
-    """The nearest image of each patient; images whose patient is not known each count."""
-    seen, kept = set[str](), []
+def _with_encoder(retrieval: RetrievalConfig, folder: Path) -> RetrievalConfig:
+    """With the cross-encoder that lies in the index, wherever that has come to lie."""
+    if not isinstance(retrieval.reranker, CrossEncoderReranker):
+        return retrieval
+    return retrieval.model_copy(update={"reranker": retrieval.reranker.model_copy(update={"path": str(folder / ENCODER)})})
+
+
+def _one_a_patient(found: Sequence[Match], without: str) -> list[Match]:
+    """The first image of each patient but one; images whose patient is not known each count."""
+    seen, kept = {without} - {""}, []
     for match in found:
         patient = str(match.item.metadata.get("patient", ""))
         if patient and patient in seen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cv_factory_ops.config import MilvusStore
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
-from cv_factory_ops.features.engine import Engine, Record, login
+from cv_factory_ops.features.engine import Engine, Record, login, writable
 from cv_factory_ops.features.fields import Clause, fields, metadata_of, original, plain
 from cv_factory_ops.features.stores import Item
 
@@ -37,7 +37,6 @@ class MilvusVectors(Engine):
     def __init__(self, client: MilvusClient, place: str, config: MilvusStore, name: str, dimensions: int) -> None:
         super().__init__(place, config.metric, dimensions)
         self.client = client
-        self.lite = "" if config.url else place
         self.name = f"cvf_{plain(name)}"
         with self._explained():
             if not client.has_collection(self.name):
@@ -59,15 +58,21 @@ class MilvusVectors(Engine):
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         place = config.url or str(folder / "milvus.db")
         token = login(config.token_env)
-        if not config.url:
-            import milvus_lite  # noqa: F401 - named where it is missing
+        with ExitStack() as held:
+            where = folder
+            if not config.url:
+                from milvus_lite.server_manager import server_manager_instance
 
-            folder.mkdir(parents=True, exist_ok=True)
-        try:
-            client = MilvusClient(place, token=token, timeout=10)
-        except MilvusException as error:
-            raise Unavailable(f"{place}: Milvus does not answer ({type(error).__name__})") from None
-        return cls(client, place, config, name, dimensions)
+                where = writable(folder, held)
+                held.callback(server_manager_instance.release_server, str(where / "milvus.db"))
+            try:
+                client = MilvusClient(config.url or str(where / "milvus.db"), token=token, timeout=10)
+            except MilvusException as error:
+                raise Unavailable(f"{place}: Milvus does not answer ({type(error).__name__})") from None
+            held.callback(client.close)
+            store = cls(client, place, config, name, dimensions)
+            store.is_copy, store.held = where != folder, held.pop_all()
+        return store
 
     def read(self, ids: Sequence[str]) -> Mapping[str, Record]:
         with self._explained():
@@ -111,13 +116,6 @@ class MilvusVectors(Engine):
     def persist(self) -> None:
         with self._explained():
             self.client.flush(self.name)
-
-    def close(self) -> None:
-        self.client.close()
-        if self.lite:
-            from milvus_lite.server_manager import server_manager_instance
-
-            server_manager_instance.release_server(self.lite)
 
     def _create(self) -> None:
         from pymilvus import DataType
@@ -168,6 +166,6 @@ def _expression(wanted: Sequence[Clause]) -> str:
 
 def _term(clause: Clause) -> str:
     field = f'metadata["{clause.field}"]'
-    if isinstance(clause.operand, list):  # Milvus Lite knows no "in" for what lies within JSON
+    if isinstance(clause.operand, tuple):  # Milvus Lite knows no "in" for what lies within JSON
         return " or ".join(f'{field} == "{word}"' for word in clause.operand)
     return f"{field} {clause.operator} {clause.operand!r}"

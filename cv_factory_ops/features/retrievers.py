@@ -9,7 +9,7 @@ A filter narrows what is looked at, by vectors and by words: it takes nothing aw
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -101,12 +101,12 @@ class Retriever:
 
     def _joined(self, query: Query, candidates: int, constant: float) -> list[Match]:
         nearest = self._nearest(query, candidates)
-        worded = self._words.best(query.text, candidates, query.where) if self._words else []
-        matches = {match.item.id: match for match in nearest}
-        others = self.store.get([each for each in worded if each not in matches])
-        matches |= {match.item.id: match for match in self._measured(query, [item for item in others if item])}
-        still_there = [each for each in worded if each in matches]
-        return [matches[each] for each in fused([[match.item.id for match in nearest], still_there], constant)]
+        near = {match.item.id: rank for rank, match in enumerate(nearest, 1)}
+        worded = self._words.ranks(query.text, candidates, query.where, list(near)) if self._words else {}
+        others = self.store.get([each for each in worded if each not in near])
+        found = [*nearest, *self._measured(query, [item for item in others if item])]
+        scores = fused([near, worded], constant)
+        return sorted(found, key=lambda match: (-scores[match.item.id], match.distance, match.item.id))
 
     def _measured(self, query: Query, items: Sequence[Item]) -> list[Match]:
         metric = self.config.store.metric
@@ -123,14 +123,14 @@ class Retriever:
         return [found[place] for place in order]
 
 
-def fused(rankings: Sequence[Sequence[str]], constant: float) -> list[str]:
-    """Ids in the order of the sum over the rankings of 1 / (constant + rank), ranks from 1: reciprocal rank fusion (Cormack,
+def fused(rankings: Sequence[Mapping[str, int]], constant: float) -> dict[str, float]:
+    """Of each id the sum over the rankings, ids with ranks from 1, of 1 / (constant + rank): reciprocal rank fusion (Cormack,
     Clarke and Buettcher 2009)."""
     scores: defaultdict[str, float] = defaultdict(float)
     for ranking in rankings:
-        for rank, each in enumerate(ranking, 1):
+        for each, rank in ranking.items():
             scores[each] += 1 / (constant + rank)
-    return sorted(scores, key=lambda each: (-scores[each], each))
+    return dict(scores)
 
 
 def load_encoder(path: str) -> CrossEncoder:

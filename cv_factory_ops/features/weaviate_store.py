@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
@@ -68,11 +68,11 @@ class WeaviateVectors(Engine):
             )
         except WeaviateBaseError as error:
             raise Unavailable(f"{config.url}: Weaviate does not answer ({type(error).__name__})") from None
-        try:
-            return cls(client, config, name, dimensions)
-        except BaseException:
-            client.close()
-            raise
+        with ExitStack() as held:
+            held.callback(client.close)
+            store = cls(client, config, name, dimensions)
+            store.held = held.pop_all()
+        return store
 
     def read(self, ids: Sequence[str]) -> Mapping[str, Record]:
         with self._explained():
@@ -111,9 +111,6 @@ class WeaviateVectors(Engine):
     def count(self) -> int:
         with self._explained():
             return int(self.collection.aggregate.over_all(total_count=True).total_count or 0)
-
-    def close(self) -> None:
-        self.client.close()
 
     def _create(self, name: str, told: str) -> None:
         from weaviate.classes.config import Configure, DataType, Property, VectorDistances
@@ -198,7 +195,7 @@ def _term(clause: Clause) -> Any:
     named = Filter.by_property(clause.field)
     match clause.operator:
         case "in":
-            return named.contains_any(clause.operand)
+            return named.contains_any(list(clause.operand) if isinstance(clause.operand, tuple) else [])
         case "==":
             return named.equal(clause.operand)
         case ">=":

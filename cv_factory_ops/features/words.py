@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cv_factory_ops.features.fields import Clause, clauses, fields
 from cv_factory_ops.features.stores import Filter, Item
@@ -14,6 +15,16 @@ TABLES = """
     CREATE TABLE items (number INTEGER PRIMARY KEY, id TEXT NOT NULL);
     CREATE TABLE facts (field TEXT, value, number INTEGER, PRIMARY KEY (field, value, number)) WITHOUT ROWID;
 """
+RANKED = """
+    WITH found AS MATERIALIZED (
+        SELECT id, bm25(words) AS score FROM words JOIN items ON number = words.rowid WHERE {condition}
+    ), ranked AS (
+        SELECT id, RANK() OVER by_score AS place, COUNT(*) OVER by_score AS through FROM found WINDOW by_score AS (ORDER BY score)
+    )
+    SELECT id, place FROM ranked WHERE through <= ? OR id IN (SELECT value FROM json_each(?)) ORDER BY place, id
+"""
+UNSAID = {"patient", "study", "split"}
+"""Names in the metadata whose words say whose an item is, or what for, and nothing of what it shows."""
 
 
 class Words:
@@ -36,33 +47,38 @@ class Words:
             self._database.executemany("INSERT INTO facts VALUES (?, ?, ?)", facts)
         self._database.commit()
 
-    def best(self, text: str, k: int, where: Filter | None = None) -> list[str]:
-        """Ids of those that share words with a text and that the filter admits: the ``k`` best, best first."""
+    def ranks(self, text: str, k: int, where: Filter | None = None, others: Sequence[str] = ()) -> dict[str, int]:
+        """Ranks from 1, best first, of those that share words with a text and that the filter admits: of the ``k`` best, and of
+        ``others`` wherever they stand.
+
+        Equally good ones have one rank, that of the first of them. Of a tie that the ``k`` would cut none is told but for the
+        ``others``: hundreds of items may have the same few words, and none of them is better than the rest.
+        """
         asked = " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", text.casefold())))
         if not asked:
-            return []
-        sql: str = "SELECT id FROM words JOIN items ON number = words.rowid WHERE words MATCH ?"
-        values: list[str | float] = [asked]
+            return {}
+        condition, values = "words MATCH ?", list[str | float]([asked])
         for clause in clauses(where or {}):
-            condition, operands = _condition(clause)
+            narrowed, operands = _condition(clause)
             # The + keeps SQLite from asking for the words again for each number, a hundred times as slow.
-            sql += f" AND +words.rowid IN (SELECT number FROM facts WHERE field = ? AND {condition})"  # noqa: S608 - operands apart
+            condition += f" AND +words.rowid IN (SELECT number FROM facts WHERE field = ? AND {narrowed})"  # noqa: S608 - operands apart
             values += [clause.field, *operands]
         with self._lock:
-            rows = self._database.execute(f"{sql} ORDER BY bm25(words), id LIMIT ?", [*values, k]).fetchall()
-        return [row[0] for row in rows]
+            sql = RANKED.format(condition=condition)
+            return dict(self._database.execute(sql, [*values, k, json.dumps(list(others))]).fetchall())
 
     def close(self) -> None:
         self._database.close()
 
 
 def words_of(item: Item) -> str:
-    """The words of its metadata, then its text."""
-    return " ".join([*(value for value in item.metadata.values() if isinstance(value, str)), item.text]).strip()
+    """The words of its metadata but for ``UNSAID``, then its text."""
+    said = [value for name, value in item.metadata.items() if isinstance(value, str) and name not in UNSAID]
+    return " ".join([*said, item.text]).strip()
 
 
 def _condition(clause: Clause) -> tuple[str, list[str | float]]:
     """SQL about ``value``, and what stands for its question marks."""
-    if isinstance(clause.operand, list):
+    if isinstance(clause.operand, tuple):
         return f"value IN ({', '.join('?' * len(clause.operand))})", list(clause.operand)
     return f"value {clause.operator} ?", [clause.operand]

@@ -26,7 +26,8 @@ import cv_factory_ops
 from cv_factory_ops import captures
 from cv_factory_ops.answers import Answer, ExplainedAnswer, SimilarAnswer
 from cv_factory_ops.config import ProjectConfig
-from cv_factory_ops.errors import CvFactoryError
+from cv_factory_ops.errors import CvFactoryError, Rejected
+from cv_factory_ops.features.index import MOST, filters
 from cv_factory_ops.gateway.access import Gate, scheme
 from cv_factory_ops.gateway.endpoint import SERVING, Endpoint, Reply
 from cv_factory_ops.gateway.metrics import CONTENT_TYPE_LATEST, Metrics
@@ -46,6 +47,8 @@ from cv_factory_ops.server import Refused, listen, run
 
 TOGETHER = 8
 """Studies of a batch that are under way at a time: one caller's batch leaves room for others."""
+LONGEST_ATTRIBUTES = 1024
+"""Characters of custom attributes that SageMaker takes."""
 LABELS_BYTES = 1 << 20
 """Of a body of late labels: a thousand of them, several times over."""
 Body = TypeVar("Body", Answer, ExplainedAnswer, SimilarAnswer)
@@ -165,13 +168,15 @@ class _Gateway:
         answer = _understood(ExplainedAnswer, reply)
         return Explained(inference_id=inference_id, prediction=answer.predictions[0], bundle_digest=answer.bundle_digest)
 
-    async def similar(self, study: Study, k: int, filters: list[str]) -> SimilarStudies:
+    async def similar(self, study: Study, k: int | None, where: list[str]) -> SimilarStudies:
         """The answer with similar studies."""
-        pairs = [given.partition(":") for given in filters]
-        if not all(separator for _, separator, _ in pairs):
-            raise Refused(400, "filter", "a filter is a name and a value, as in where=label:normal")
-        asked = [("similar", str(k)), *((name, value) for name, _, value in pairs)]
-        inference_id, reply = await self.ask(study, more=urllib.parse.urlencode(asked))
+        try:
+            asked = urllib.parse.urlencode([("similar", str(k or "")), *filters(where)])
+        except Rejected as error:
+            raise Refused(400, error.code, str(error)) from None
+        if len(asked) > LONGEST_ATTRIBUTES:
+            raise Refused(400, "filter", f"the filters take {len(asked)} characters; allowed are {LONGEST_ATTRIBUTES}")
+        inference_id, reply = await self.ask(study, more=asked)
         answer = _understood(SimilarAnswer, reply)
         return SimilarStudies(
             inference_id=inference_id,
@@ -250,7 +255,7 @@ def _add_routes(app: FastAPI, gateway: _Gateway, config: ProjectConfig) -> None:
     @app.post("/similar", response_model=SimilarStudies, responses=asking, openapi_extra=study_body, dependencies=[caller])
     async def similar(
         request: Request,
-        k: Annotated[int, Query(ge=1, le=100)] = 5,
+        k: Annotated[int | None, Query(ge=1, le=MOST)] = None,
         where: Annotated[list[str] | None, Query(max_length=10)] = None,
     ) -> SimilarStudies:
         """The answer with the studies that are most like this one, one of each patient; `where=label:normal` and the like

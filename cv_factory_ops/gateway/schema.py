@@ -36,7 +36,7 @@ NEIGHBOUR: dict[str, Any] = {
     "study": "c9f0f895fb98ab9159f51fd0",
     "metadata": {"modality": "DX", "patient_age": 61.0},
 }
-FINDING = "opacity (probability 0.91); of 1 similar patients 1 have opacity"
+FINDING = "opacity (probability 0.91); of 1 similar study 1 has opacity"
 REFUSAL = {"error": "de-identify the study before sending it (PatientName is not empty)", "code": "identified"}
 
 
@@ -91,9 +91,9 @@ class SimilarStudies(Frozen):
     inference_id: str
     prediction: SegmentedPrediction | Prediction
     similar: list[Neighbour]
-    """Nearest first, one of each patient."""
+    """Most similar first, one of each patient, none of the study's own."""
     finding: str
-    """What the model found, and what similar patients have, in a line."""
+    """What the model found, and what similar studies have, in a line."""
     bundle_digest: str
 
 

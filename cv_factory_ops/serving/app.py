@@ -34,12 +34,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import cv_factory_ops
-from cv_factory_ops.answers import Answer, SegmentedPrediction, SimilarAnswer
+from cv_factory_ops.answers import Answer, Neighbour, Prediction, SegmentedPrediction, SimilarAnswer
 from cv_factory_ops.bundle import INDEX, Bundle
 from cv_factory_ops.config import ExplanationMethod
 from cv_factory_ops.domain import Decoded, open_domain
 from cv_factory_ops.engine import open_engine
-from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected, without_values
+from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected, Unavailable, without_values
 from cv_factory_ops.explainer import Explainer, as_study
 from cv_factory_ops.features.index import Index
 from cv_factory_ops.predictor import Input, Predictor
@@ -105,8 +105,11 @@ class Container:
         self.settings = settings
         self.predictor, self.metrics = _load(bundle_dir, settings)
         self.domain = open_domain(self.predictor.manifest.domain)
-        bundle = self.predictor.bundle
-        self.index = Index.open(bundle.path / INDEX, bundle.digest) if (bundle.path / INDEX).is_dir() else None
+        self._index: Index | None = None
+        self._opening = threading.Lock()
+        self._has_index = (self.predictor.bundle.path / INDEX).is_dir()
+        if self._has_index:
+            self._open_index_or_later()
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="read")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="explain")  # who asks for reasons must not hold up the others
         self._places = threading.BoundedSemaphore(MOST_WAITING)
@@ -185,6 +188,8 @@ class Container:
         probabilities, embedding = (np.stack(values) for values in zip(*outputs, strict=True))
         answer = self.predictor.conclude(inputs, probabilities, embedding)
         self.metrics.count(answer.predictions)
+        if asked.similar and asked.wants_study and self.predictor.manifest.task == "segmentation":
+            raise Refused(406, "accept", "a segmentation says nothing of similar studies; ask for JSON")
         told = self._with_similar(answer, inputs, embedding, asked.similar) if asked.similar else answer
         if asked.wants_study:
             comment = told.findings[0] if isinstance(told, SimilarAnswer) else ""
@@ -194,18 +199,43 @@ class Container:
     def _with_similar(
         self, answer: Answer, inputs: Sequence[Input], embedding: NDArray[np.float32], wanted: Similar
     ) -> SimilarAnswer:
-        if self.index is None:
+        if not self._has_index:
             raise Rejected("no_index", "this bundle is served without an index of similar studies")
-        where = self.index.where(wanted.filters)
-        vectors = self.predictor.vectors(embedding, self.index.manifest.retrieval.vector)
-        similar = [
-            self.index.similar(vector, wanted.k, where, given.metadata) for vector, given in zip(vectors, inputs, strict=True)
-        ]
-        findings = [
-            self.domain.finding(given.label, given.scores[given.label], given.abstained, [each.label for each in found])
-            for given, found in zip(answer.predictions, similar, strict=True)
-        ]
-        return SimilarAnswer(**dict(answer), similar=similar, findings=findings)
+        try:
+            index = self._opened_index()
+            where, vectors = index.where(wanted.filters), self.predictor.vectors(embedding, index.manifest.retrieval.vector)
+            similar = [
+                index.similar(vector, wanted.k, where, given.metadata, given.patient)
+                for vector, given in zip(vectors, inputs, strict=True)
+            ]
+        except (Unavailable, ConfigError) as error:  # its line names places
+            log.warning("similar studies cannot be found for now: %s", error)
+            raise Refused(503, "index_unavailable", "similar studies cannot be found for now; try again later") from None
+        except Rejected:
+            raise
+        except DataError:
+            raise Rejected("not_comparable", "what the model sees of the image cannot be compared with others") from None
+        findings = [self._finding(given, found) for given, found in zip(answer.predictions, similar, strict=True)]
+        return SimilarAnswer(**dict(answer), similar=similar, findings=findings, index=index.manifest.name)
+
+    def _open_index_or_later(self) -> None:
+        """Answers without similar studies do not wait for the store of the index, which may be a server."""
+        try:
+            self._opened_index()
+        except Unavailable as error:
+            log.warning("similar studies cannot be found for now: %s", error)
+
+    def _opened_index(self) -> Index:
+        with self._opening:
+            if self._index is None:
+                bundle = self.predictor.bundle
+                self._index = Index.open(bundle.path / INDEX, bundle.digest)
+            return self._index
+
+    def _finding(self, given: Prediction, similar: Sequence[Neighbour]) -> str:
+        """Of a segmentation, ``scores`` are shares of its pixels."""
+        probability = given.score if isinstance(given, SegmentedPrediction) else given.scores[given.label]
+        return self.domain.finding(given.label, probability, given.abstained, [each.label for each in similar])
 
     def _report(self, study: bytes, answer: Answer, comment: str) -> bytes:
         """The first prediction as a study beside the one that it is about."""

@@ -37,7 +37,8 @@ class Part:
 class Similar:
     """Similar studies that an answer shall come with."""
 
-    k: int
+    k: int | None
+    """None: as many as the index gives by default."""
     filters: tuple[tuple[str, str], ...]
     """Names and values, see :meth:`cv_factory_ops.features.index.Index.where`."""
 
@@ -83,7 +84,9 @@ def _attributes(given: str) -> tuple[ExplanationMethod | None, Similar | None]:
             return None, None
         case "explain" if value in EXPLANATIONS and not filters:
             return EXPLANATIONS[value], None
-        case "similar" if value.isdecimal() and 1 <= int(value) <= MOST:
+        case "similar" if not value:
+            return None, Similar(None, tuple(filters))
+        case "similar" if value.isdecimal() and len(value) <= 3 and 1 <= int(value) <= MOST:
             return None, Similar(int(value), tuple(filters))
     raise Refused(400, "custom_attributes", f"custom attributes {given[:80]!r} given; allowed: {ALLOWED}")
 

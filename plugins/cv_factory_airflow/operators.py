@@ -234,10 +234,12 @@ class StageOperator(BaseOperator):
         found = Connection.get(self.mlflow_conn_id)
         host, port = found.host or "", f":{found.port}" if found.port else ""
         address = host if "://" in host else f"{found.schema or 'http'}://{host}"
-        given = {"MLFLOW_TRACKING_URI": f"{address}{port}"}
-        if found.login:
-            given |= {"MLFLOW_TRACKING_USERNAME": found.login, "MLFLOW_TRACKING_PASSWORD": found.password or ""}
-        return given
+        return {
+            "MLFLOW_TRACKING_URI": f"{address}{port}",
+            "MLFLOW_TRACKING_USERNAME": found.login or "",  # empty hides the worker's own login, which is another server's
+            "MLFLOW_TRACKING_PASSWORD": found.password or "",
+            "MLFLOW_TRACKING_TOKEN": "",
+        }
 
 
 def form_settings(data: str, overrides: str, fixed: Mapping[str, Any] | None = None) -> list[str]:

@@ -2,7 +2,11 @@
 {{- define "cv-factory.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- $long := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
-{{- default $long .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- $fullname := default $long .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- if not (regexMatch "^[a-z][a-z0-9-]*$" $fullname) -}}
+{{- fail (printf "fullnameOverride: services cannot be named %q; give a name of a-z, 0-9 and -, with a letter first" $fullname) -}}
+{{- end -}}
+{{- $fullname -}}
 {{- end -}}
 
 {{- /* The other templates take (dict "root" $ "name" <component>): a component is a key of the values. */ -}}
@@ -11,8 +15,8 @@
 {{- end -}}
 
 {{- define "cv-factory.selectorLabels" -}}
-app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .name }}
 {{- end -}}
 
@@ -53,12 +57,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- /* Fields that the pods of all components have. */ -}}
 {{- define "cv-factory.pod" -}}
 {{- $own := index .root.Values .name -}}
-serviceAccountName: {{ include "cv-factory.serviceAccount" . }}
+serviceAccountName: {{ include "cv-factory.serviceAccount" . | quote }}
 automountServiceAccountToken: false
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 securityContext:
@@ -80,7 +84,7 @@ securityContext:
   {{- toYaml .root.Values.containerSecurityContext | nindent 2 }}
 {{- with default .root.Values.existingSecret $own.existingSecret }}
 envFrom:
-  - secretRef: {name: {{ . }}}
+  - secretRef: {name: {{ . | quote }}}
 {{- end }}
 {{- end -}}
 
@@ -92,8 +96,8 @@ envFrom:
 {{- $endpoint := include "cv-factory.component" (dict "root" .root "name" "endpoint") -}}
 {{- $_ := set $env "AWS_ENDPOINT_URL_SAGEMAKER" (printf "http://%s:%v" $endpoint .root.Values.endpoint.service.port) -}}
 {{- end -}}
-{{- range $name, $value := mergeOverwrite $env (deepCopy .root.Values.env) (deepCopy (index .root.Values .name).env) }}
-- {name: {{ $name }}, value: {{ $value | quote }}}
+{{- range $name, $value := mergeOverwrite $env (deepCopy (default dict .root.Values.env)) (deepCopy (default dict (index .root.Values .name).env)) }}
+- {name: {{ $name | quote }}, value: {{ ternary $value (toJson $value) (kindIs "string" $value) | quote }}}
 {{- end }}
 {{- end -}}
 
@@ -123,7 +127,7 @@ checksum/project: {{ sha256sum .root.Values.project }}
 
 {{- define "cv-factory.projectVolume" -}}
 - name: project
-  configMap: {name: {{ include "cv-factory.fullname" .root }}}
+  configMap: {name: {{ include "cv-factory.fullname" .root | quote }}}
 {{- end -}}
 
 {{- /* What a server that answers HTTP at a path has: time for who routes to it to stop, then for requests in hand. */ -}}
@@ -150,7 +154,7 @@ apiVersion: v1
 kind: Service
 metadata:
   name: {{ include "cv-factory.component" . }}
-  namespace: {{ .root.Release.Namespace }}
+  namespace: {{ .root.Release.Namespace | quote }}
   labels:
     {{- include "cv-factory.labels" . | nindent 4 }}
   {{- with (index .root.Values .name).service.annotations }}
@@ -176,13 +180,13 @@ apiVersion: {{ ternary "batch/v1" "batch/v1beta1" $isStable }}
 kind: CronJob
 metadata:
   name: {{ include "cv-factory.component" . }}
-  namespace: {{ .root.Release.Namespace }}
+  namespace: {{ .root.Release.Namespace | quote }}
   labels:
     {{- include "cv-factory.labels" . | nindent 4 }}
 spec:
   schedule: {{ $own.schedule | quote }}
   {{- if $isModern }}
-  timeZone: {{ $own.timeZone }}
+  timeZone: {{ $own.timeZone | quote }}
   {{- end }}
   concurrencyPolicy: Forbid
   startingDeadlineSeconds: 3600
