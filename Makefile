@@ -103,7 +103,7 @@ train: install  ## a training up to its registered version: CONFIG=configs/demo.
 deploy: install  ## what `make train` has left to do: roll out, verify, promote
 	$(BIN)/cvf run --config "$(CONFIG)" --run "$(RUN)"
 
-smoke: install  ## ask a gateway one question: URL=http://127.0.0.1:8000, its key in CVF_GATEWAY_KEY
+smoke: install  ## ask a gateway one question: URL=http://127.0.0.1:8000, its key in CVF_GATEWAY_KEY or a token in CVF_GATEWAY_TOKEN
 	$(BIN)/python -m local.smoke "$(URL)"
 
 notify: export TEXT ?=

@@ -6,8 +6,8 @@ Trains a bundle by `cvf ingest preprocess train` with configs/pneumoniamnist.yam
 for each image of the official test split. Printed is the mean share of the five, with a 95% interval over the test images
 (bootstrap). Beside it: as many images at random, and the nearest in pixels.
 
-The images come with no words. An item's word is its label; a question's, in the rows that say so, is the label that the model
-answers for the image. Without words hybrid is dense.
+`cvf similar` asks with the words of a study's metadata. These images come with none, so each is given words by chance, one of
+two sexes and of three views: the row shows what hybrid loses by words that say nothing of the finding.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from cv_factory_ops.storage import path_of
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pneumoniamnist.yaml"
 K = 5
+SEXES, VIEWS = ("F", "M"), ("AP", "PA", "lateral")
 NARROW = HnswIndex(neighbours=4, build_breadth=8, search_breadth=5)
 EXACT, AS_RETRIEVED = ExactReranker(), NoReranker()
 WAYS = {
@@ -60,7 +61,7 @@ WAYS = {
     "dense, principal components": RetrievalConfig(
         store=FaissStore(), vector="components", retriever=DenseRetriever(), reranker=EXACT
     ),
-    "hybrid, words: the model's answer": RetrievalConfig(store=FaissStore(), retriever=HybridRetriever(), reranker=EXACT),
+    "hybrid, words of the metadata": RetrievalConfig(store=FaissStore(), retriever=HybridRetriever(), reranker=EXACT),
 }
 
 
@@ -73,6 +74,8 @@ class Split:
         self.labels = np.array(manifest.labels)[read_rows(shards, split)["label"].to_numpy()]
         probabilities, self.embedding = predictor.forward(self.images)
         self.answers = np.array(manifest.labels)[predicted(probabilities, manifest.threshold)]
+        chance = np.random.default_rng(len(self.images))
+        self.known = [{"sex": str(chance.choice(SEXES)), "view": str(chance.choice(VIEWS))} for _ in self.images]
         self.components = predictor.vectors(self.embedding, "components")
         self.pixels = self.images.reshape(len(self.images), -1).astype(np.float32) / 65535
 
@@ -96,10 +99,11 @@ def neighbours(config: RetrievalConfig, train: Split, test: Split, folder: Path)
     """Labels of the five that are found for each test image."""
     kept, asked = (train.embedding, test.embedding) if config.vector == "embedding" else (train.components, test.components)
     with open_store(config.store, folder, "", kept.shape[1]) as store:
-        store.add([Item(f"{row:05}", {"label": str(label)}) for row, label in enumerate(train.labels)], kept)
+        known = zip(train.known, train.labels, strict=True)
+        store.add([Item(f"{row:05}", {**said, "label": str(label)}) for row, (said, label) in enumerate(known)], kept)
         store.persist()
     with open_store(config.store, folder, "", kept.shape[1]) as store, Retriever(store, config) as retriever:
-        questions = [Query(vector, str(answer)) for vector, answer in zip(asked, test.answers, strict=True)]
+        questions = [Query(vector, " ".join(said.values())) for vector, said in zip(asked, test.known, strict=True)]
         return [[str(match.item.metadata["label"]) for match in retriever.retrieve(each, K)] for each in questions]
 
 

@@ -1481,7 +1481,8 @@ class SageMakerDeploy(_Deploy):
     inference: Inference = RealtimeInference()
     """One of ``realtime``, ``asynchronous``, ``serverless``."""
     kms_key: str = ""
-    """Key that encrypts the instances' volumes, captures and asynchronous answers; empty takes AWS's own."""
+    """Key that encrypts the instances' volumes, captures and asynchronous answers; empty takes AWS's own. Disks that an
+    instance type has of its own are encrypted by their hardware."""
     vpc: VpcConfig | None = None
     """Null runs the containers in SageMaker's own network."""
     network_isolation: bool = False

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cv_factory_ops.config import ChromaStore, MilvusStore, PineconeStore, VectorStoreConfig, WeaviateStore
+from cv_factory_ops.config import ChromaStore, FaissStore, MilvusStore, PineconeStore, VectorStoreConfig, WeaviateStore
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable
+from cv_factory_ops.features.chroma_store import ChromaVectors
+from cv_factory_ops.features.faiss_index import Vectors
 from cv_factory_ops.features.fields import fields, metadata_of, plain
 from cv_factory_ops.features.stores import Item, open_store
 from tests.pinecone_server import KEY, PineconeServer
@@ -230,6 +233,23 @@ def place_of_folder(tmp_path: Path) -> Callable[[VectorStoreConfig, str], int]:
             return store.count()
 
     return add
+
+
+def test_of_ever_so_many_equally_near_ones_no_more_are_asked_for_than_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    nearest, exact = ChromaVectors.nearest, Vectors.nearest
+    monkeypatch.setattr(ChromaVectors, "nearest", lambda store, query, k, _: asked.append(k) or nearest(store, query, k, _))
+    monkeypatch.setattr(Vectors, "nearest", lambda store, query, k, _: asked.append(k) or exact(store, query, k, _))
+    for module in ("engine", "faiss_store"):
+        monkeypatch.setattr(f"cv_factory_ops.features.{module}.TIED", 10)
+    for config in (ChromaStore(), FaissStore()):
+        with open_store(config, tmp_path / config.kind, "tied", DIMENSIONS) as store:
+            store.add([Item(str(number)) for number in range(40)], np.tile(noise(1), (40, 1)))
+            assert len(store.search(noise(1)[0], 3)) == 3
+            assert len(store.search(noise(1)[0], 20)) == 20
+    assert asked == [4, 8, 10, 21] * 2
 
 
 def test_names_that_look_alike_are_told_apart() -> None:

@@ -19,7 +19,7 @@ import cv_factory_ops
 from cv_factory_ops.config import load
 from tests.helm import CHART, helm, refusal, rendered
 
-SETS = ("minimal", "full", "production")
+SETS = ("minimal", "full", "production", "kind")
 VALUES = CHART.parent / "values"
 UNCHECKED = {
     "CKV_K8S_35": "secrets are variables, because boto3 and MLflow read them there",
@@ -90,7 +90,7 @@ def test_objects_are_what_that_kubernetes_takes(name: str, version: str, tmp_pat
 
 def test_checkov_finds_nothing_that_is_not_explained(tmp_path: Path) -> None:
     checker = tool("checkov")
-    for name in SETS[1:]:  # what `minimal` lacks is switched on in the others
+    for name in ("full", "production"):  # what the others lack is switched on in these
         text = helm("template", "cvf", str(CHART), "--namespace", "cv", "--skip-tests", "--values", str(ci(name)))
         (tmp_path / f"{name}.yaml").write_text(text)
     options = ("--framework", "kubernetes", "--skip-download", "--compact", "--quiet", "--output", "json")
@@ -151,13 +151,76 @@ def test_policies_let_in_the_release_and_whom_the_values_name() -> None:
     found = rendered(ci("production"), "--skip-tests")
     policies = {name: item["spec"] for (kind, name), item in found.items() if kind == "NetworkPolicy"}
     assert set(policies) == {"gateway", "exporter", "drift"}
+    addresses = rendered(ci("production"))[("Ingress", "gateway")]["metadata"]["annotations"]
+    assert addresses["alb.ingress.kubernetes.io/target-type"] == "ip", "its default, instance, needs a NodePort"
+    assert addresses["alb.ingress.kubernetes.io/healthcheck-path"] == "/healthz", "its default, /, is no route of the gateway"
+    assert json.loads(addresses["alb.ingress.kubernetes.io/listen-ports"]) == [{"HTTPS": 443}]
     assert "ingress" not in policies["drift"], "nobody may reach a job"
     assert [list(peer) for peer in policies["gateway"]["ingress"][0]["from"]] == [
         ["podSelector"],
         ["ipBlock"],
         ["namespaceSelector"],
     ]
-    assert [rule["ports"][0]["port"] for rule in policies["drift"]["egress"] if "ports" in rule] == [53, 443]
+    assert [rule["ports"][0]["port"] for rule in policies["drift"]["egress"] if "ports" in rule] == [53, 443, 6379]
+
+
+def test_the_endpoint_which_has_no_login_is_open_to_whom_it_names_alone() -> None:
+    found = rendered(
+        ci("full"), "--skip-tests", "--set-json", 'networkPolicy.endpointFrom=[{"ipBlock":{"cidr":"10.1.0.0/16"}}]'
+    )
+    [rule] = found[("NetworkPolicy", "endpoint")]["spec"]["ingress"]
+    assert [list(peer) for peer in rule["from"]] == [["podSelector"], ["ipBlock"]]
+
+
+def test_the_service_monitor_names_targets_as_the_alerts_do() -> None:
+    """With the operator's default the job is the name of the Service."""
+    found = rendered(ci("full"), "--skip-tests")
+    monitor = found[("ServiceMonitor", "")]["spec"]
+    [chosen] = monitor["selector"]["matchExpressions"]
+    services = [item["metadata"]["labels"] for (kind, _), item in found.items() if kind == "Service"]
+    jobs = {labels[monitor["jobLabel"]] for labels in services if labels[chosen["key"]] in chosen["values"]}
+    assert jobs == {"gateway", "inference", "endpoint", "exporter"}
+    alerts = (CHART.parents[1] / "docker/monitoring/alerts.yaml").read_text()
+    assert {job for names in re.findall(r'job=~?"([\w|]+)"', alerts) for job in names.split("|")} == jobs
+    [scraped] = monitor["endpoints"]
+    assert {"action": "labeldrop", "regex": "endpoint"} in scraped["relabelings"], "else ours would be exported_endpoint"
+    assert {"action": "replace", "targetLabel": "release", "replacement": "cvf"} in scraped["relabelings"]
+
+
+def test_names_that_yaml_takes_for_something_else_stay_names() -> None:
+    names = (
+        "--set-string",
+        "fullnameOverride=true,existingSecret=1e3,exporter.serviceAccount.name=no",
+        "--set",
+        "env.SIZE=1000000",
+    )
+    text = helm("template", "2024", str(CHART), "--namespace", "1", "--values", str(ci("full")), *names)
+    for item in filter(None, yaml.safe_load_all(text)):
+        assert {type(value) for value in item["metadata"]["labels"].values()} == {str}
+        assert item["metadata"]["namespace"] == "1"
+        assert isinstance(item["metadata"]["name"], str)
+        for pod in pods_of(item):
+            assert isinstance(pod["serviceAccountName"], str)
+            [container] = pod["containers"]
+            assert container["envFrom"] == [{"secretRef": {"name": "1e3"}}]
+            assert {"name": "SIZE", "value": "1000000"} in container["env"]
+
+
+@pytest.mark.parametrize(
+    "name", ["db_password", "BASIC_AUTH", "GH_PAT", "SSH_KEY_DATA", "HOOK_KEY", "AWS_SESSION_TOKEN", "CLIENT_SECRET"]
+)
+def test_what_a_secret_would_be_called_is_no_plain_variable(name: str) -> None:
+    assert name in refusal("template", "cvf", str(CHART), "--values", str(ci("minimal")), "--set", f"env.{name}=x")
+
+
+def test_where_a_secret_lies_is_no_secret() -> None:
+    paths = ",".join(f"env.{name}=/x" for name in ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SHARED_CREDENTIALS_FILE", "PATH"))
+    assert "/x" in helm("template", "cvf", str(CHART), "--values", str(ci("minimal")), "--set", paths)
+
+
+def test_a_release_that_no_service_can_be_named_after_is_refused() -> None:
+    told = refusal("template", "3d", str(CHART), "--values", str(ci("minimal")))
+    assert 'fullnameOverride: services cannot be named "3d-cv-factory"' in told
 
 
 def test_metrics_and_health_are_not_let_in_from_outside() -> None:
@@ -167,13 +230,25 @@ def test_metrics_and_health_are_not_let_in_from_outside() -> None:
 
 WRONG = {
     "a password in a variable": ("env.SMTP_PASSWORD=x", "SMTP_PASSWORD"),
-    "a password in an address": ("env.PROXY=http://me:word@proxy", "env.PROXY"),
+    "a password in an address": ("env.PROXY=http://me:word@proxy", "PROXY"),
     "a login in MLflow's address": ("mlflow.trackingUri=https://me:word@mlflow", "trackingUri"),
-    "a setting that there is not": ("gateway.replicas=2", "Additional property replicas is not allowed"),
+    "a setting that there is not": ("gateway.replicas=2", "replicas"),
     "a relative storage": ("storage=var/storage", "storage"),
     "no project": ("project=", "project: give the project's YAML: --set-file project=configs/demo.yaml"),
     "a project that is no YAML": ("project=[", "project: is not YAML"),
     "no model": ("inference.enabled=true", "inference.model: give one of uri and existingClaim"),
+    "a component that is taken away": ("retraining=null", "retraining"),
+    "an account that is taken away": ("gateway.serviceAccount=null", "serviceAccount"),
+    "an open endpoint": ("endpoint.service.type=LoadBalancer", "endpoint"),
+    "a schedule that is none": ("drift.schedule=often", "schedule"),
+    "more pods than the most": (
+        "gateway.autoscaling.enabled=true,gateway.autoscaling.minReplicas=9",
+        "gateway.autoscaling: minReplicas is more than maxReplicas",
+    ),
+    "nothing to scale by": (
+        "gateway.autoscaling.enabled=true,gateway.resources.requests.cpu=null",
+        "gateway.autoscaling: goes by the request of cpu, and resources.requests.cpu is not given",
+    ),
     "no host": ("gateway.ingress.enabled=true", "gateway.ingress.host: give the name under which callers know the gateway"),
 }
 
@@ -181,7 +256,9 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_value_is_refused_before_anything_is_installed(case: str) -> None:
     setting, told = WRONG[case]
-    assert told in refusal("template", "cvf", str(CHART), "--values", str(ci("minimal")), "--set", setting)
+    refused = refusal("template", "cvf", str(CHART), "--values", str(ci("minimal")), "--set", setting)
+    assert told in refused
+    assert "nil pointer" not in refused
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,11 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         guarded.ask("users/create", {"username": name, "password": password})
     yield guarded
     os.killpg(server.pid, signal.SIGTERM)
-    server.wait()
+    try:
+        server.wait(timeout=20)
+    except subprocess.TimeoutExpired:  # its workers wait for requests that nobody ends any more
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 @pytest.fixture

@@ -291,6 +291,21 @@ def test_what_is_deleted_is_found_no_more(store: VectorStore) -> None:
     assert store.search(noise(1, seed=4)[0], 1)[0].item.text == "again"
 
 
+def test_a_filter_that_was_asked_before_sees_each_change(store: VectorStore) -> None:
+    def found() -> list[str]:
+        return ids(store.search(noise(10)[2], 10, {"view": "lateral"}))
+
+    store.add(items(10), noise(10))
+    store.persist()
+    assert set(found()) == {"item 002", "item 008"}
+    store.delete(["item 002"])
+    assert found() == ["item 008"]
+    store.update([Item("item 000", {"view": "lateral"})], noise(1))
+    assert set(found()) == {"item 000", "item 008"}
+    store.persist()
+    assert set(found()) == {"item 000", "item 008"}
+
+
 def test_all_items_are_told_once(store: VectorStore) -> None:
     assert list(store.items()) == []
     store.add(items(30), noise(30))

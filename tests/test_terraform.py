@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import jsonschema
 import pytest
 import yaml
 
@@ -310,8 +309,8 @@ def test_the_outputs_are_settings_of_a_project(
 
 
 def test_the_outputs_are_values_of_the_chart(factory: dict[str, Any]) -> None:
+    """Helm holds them against the chart's schema in the next test."""
     values = yaml.safe_load(factory["outputs"]["helm_values"]["value"]["chest_xray"])
-    jsonschema.validate(values, json.loads((CHART / "values.schema.json").read_text()))
     assert values["image"]["registry"] == "123456789012.dkr.ecr.eu-central-1.amazonaws.com/cv-factory-dev"
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,22 @@ import yaml
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / ".github/workflows").glob("*.yaml"))
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in FILES}
-JOBS = [pytest.param(job, id=f"{name}: {key}") for name, flow in WORKFLOWS.items() for key, job in flow["jobs"].items()]
+JOBS = [
+    pytest.param(job, id=f"{name}: {key}")
+    for name, flow in WORKFLOWS.items()
+    for key, job in flow["jobs"].items()
+    if "uses" not in job  # another of these files
+]
 GITLAB = ROOT / ".gitlab-ci.yml"
 TEXTS = [pytest.param(path.read_text(), id=path.name) for path in (*FILES, GITLAB)]
-TOKENS = {"SLACK_WEBHOOK", "CVF_GATEWAY_KEY", "CVF_PSEUDONYM_KEY"}
+TOKENS = {
+    "SLACK_WEBHOOK",
+    "CVF_GATEWAY_KEY",
+    "CVF_GATEWAY_TOKEN",
+    "CVF_PSEUDONYM_KEY",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+}
 """Secrets that workflows may ask for: none of them opens a cloud."""
 WRITES = {
     ("infrastructure", "plan"),
@@ -37,7 +50,7 @@ WRITES = {
 
 def commands(job: dict[str, Any]) -> str:
     """All that a job runs, once for each value of its matrix."""
-    lines = [step["run"] for step in job["steps"] if "run" in step]
+    lines = [step["run"] for step in job.get("steps", []) if "run" in step]
     matrix = job.get("strategy", {}).get("matrix", {})
     for name, values in matrix.items():
         lines = [line.replace(f"${{{{ matrix.{name} }}}}", value) for line, value in itertools.product(lines, values)]
@@ -148,8 +161,56 @@ def test_every_target_is_one_of_the_makefile() -> None:
 
 
 def test_github_and_gitlab_do_the_same() -> None:
-    assert github_targets() - gitlab_targets() == {"test-images", "test-terraform"}, "docs/ci.md says why"
+    assert github_targets() - gitlab_targets() == {"test-images", "test-chart", "test-terraform"}, "docs/ci.md says why"
     assert gitlab_targets() <= github_targets()
+
+
+NOTICES = [pytest.param(flow["jobs"], id=name) for name, flow in WORKFLOWS.items()]
+
+
+@pytest.mark.parametrize("jobs", NOTICES)
+@pytest.mark.parametrize("result", ["success", "failure", "cancelled", "skipped"])
+def test_the_team_is_told_that_all_went_well_only_where_it_did(jobs: dict[str, Any], result: str) -> None:
+    """Evaluated as GitHub does it, where one of the needed jobs has this result and the others went well."""
+    told, needed = jobs["notify"], jobs["notify"]["needs"]
+    assert set(jobs) - {"notify", "plan"} == set(needed), "a plan is of a pull request, of which nobody is told"
+    [given] = [
+        expression for expression in re.findall(r"\$\{\{(.*?)\}\}", told["steps"][-1]["env"]["TEXT"]) if "went" in expression
+    ]
+    python = given.replace("||", "or").replace("&&", "and").replace("needs.*.result", "results")
+    results = ["success"] * (len(needed) - 1) + [result]
+    words = eval(python, {"contains": lambda values, value: value in values, "results": results})  # noqa: S307 - our own files
+    assert words == ("went well" if result == "success" else "did not go well")
+
+
+def test_stages_that_ask_mlflow_have_its_login() -> None:
+    for key in ("train", "deploy"):
+        given = {name for step in WORKFLOWS["train"]["jobs"][key]["steps"] for name in step.get("env", {})}
+        assert given >= {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"}, key
+
+
+def test_a_release_has_the_version_that_charts_ask_for_and_has_passed_the_tests() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    refused, taken = (
+        subprocess.run(["make", "check-tag", f"REF={tag}"], cwd=ROOT, capture_output=True, text=True)
+        for tag in (version, f"v{version}")
+    )
+    assert f"the tag must be v{version}" in refused.stderr
+    assert (refused.returncode, taken.returncode) == (2, 0)
+    jobs = WORKFLOWS["release"]["jobs"]
+    assert jobs["test"] == {"uses": "./.github/workflows/test.yaml"}
+    assert "test" in jobs["images"]["needs"]
+    lines = [line for line in commands(jobs["images"]).splitlines() if line.startswith("make")]
+    assert lines == ['make check-tag REF="$GITHUB_REF_NAME"', "make images", "make sbom", "make push"]
+    assert "TAG" not in WORKFLOWS["release"]["env"], "images are named by the version, as the chart's appVersion"
+
+
+def test_gitlab_tests_a_tag_before_its_release_and_applies_one_environment_after_the_other() -> None:
+    jobs = yaml.load(GITLAB.read_text(), GitLabLoader)  # noqa: S506
+    assert not any("CI_COMMIT_TAG" in rule.get("if", "") for rule in jobs["test"]["rules"])
+    assert jobs["apply-prod"]["needs"] == ["apply-staging"]
+    assert jobs["apply-staging"]["needs"] == ["apply-dev"]
+    assert jobs["smoke"]["environment"]["name"] == "smoke", "its variables have this scope"
 
 
 def notify(text: str, url: str = "") -> subprocess.CompletedProcess[str]:

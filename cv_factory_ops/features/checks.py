@@ -14,7 +14,7 @@ from cv_factory_ops.features.stores import Item
 
 Metric = Literal["cosine", "l2"]
 TIED = 10_000
-"""Neighbours up to which more are asked for, to see all that are as near as the last; of a larger tie some come as they will."""
+"""Neighbours up to which more are asked for, to see all that are as near as the last. Of a larger tie any may come."""
 
 
 def checked(items: Sequence[Item], vectors: NDArray[np.float32], metric: Metric, dimensions: int) -> NDArray[np.float32]:
@@ -65,7 +65,7 @@ def compared(vectors: NDArray[np.float32], metric: Metric, ids: Sequence[str] = 
     Raises:
         DataError: not finite, or of length 0 under ``cosine``; with the ``ids`` (N), it names the first of these.
     """
-    finite = np.isfinite(vectors).all(axis=1)
+    finite = np.asarray(np.isfinite(vectors).all(axis=1))
     if not finite.all():
         raise DataError(f"{_whose(finite, ids)} holds a number that is not finite")
     if metric == "l2":

@@ -122,7 +122,7 @@ class Engine(ABC):
             # The engine chooses among equally near ones as it likes: all of them have to be seen for the first by id.
             if len(matches) < asked or matches[-1].distance > matches[k - 1].distance or asked >= TIED:
                 return matches[:k]
-            asked *= 2
+            asked = min(2 * asked, TIED)
 
     def persist(self) -> None:  # noqa: B027 - of an engine that keeps at once
         """Nothing is left to do: each change was kept when it was made."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +34,8 @@ class Rows:
         self.table = table
         column = table["item"].chunk(0)
         self._bounds = np.lib.stride_tricks.sliding_window_view(np.frombuffer(column.buffers()[1], np.int64), 2)
-        self._json = memoryview(column.buffers()[2])
+        written = memoryview(column.buffers()[2])
+        self._written: Callable[[int, int], bytes | memoryview] = lambda start, end: written[start:end]
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Self:
@@ -46,7 +49,14 @@ class Rows:
     @classmethod
     def read(cls, path: Path) -> Self:
         with pa.memory_map(str(path)) as file:
-            return cls(pa.ipc.open_file(file).read_all())
+            begin = file.read_buffer(1).address
+            rows = cls(pa.ipc.open_file(file).read_all())
+        # Items are read, not mapped: each one that is looked at would make the 64 KiB around it resident in the process.
+        first = rows.table["item"].chunk(0).buffers()[2].address - begin
+        handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(rows, os.close, handle)
+        rows._written = lambda start, end: os.pread(handle, end - start, first + start)
+        return rows
 
     def write(self, path: Path) -> None:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, self.table.schema) as writer:
@@ -66,7 +76,7 @@ class Rows:
         return int(self.table.num_rows)
 
     def items(self, rows: Sequence[int] | NDArray[np.int64]) -> list[Item]:
-        written = b",".join([self._json[start:end] for start, end in self._bounds[rows].tolist()])
+        written = b",".join([self._written(start, end) for start, end in self._bounds[rows].tolist()])
         return [Item(*each) for each in json.loads(f"[{str(written, 'ascii')}]")]
 
     def find(self, ids: Sequence[str], alive: NDArray[np.bool_] | None) -> dict[str, int]:

@@ -94,7 +94,7 @@ class Part:
         admitted, asked = self._admitted(tuple(wanted)) if wanted else self._alive, k + 1
         far, rows = self.vectors.nearest(query, asked, admitted)
         while len(rows) == asked < TIED and far[-1] <= far[k - 1] * (1 + SAME) + SAME:
-            asked *= 2
+            asked = min(2 * asked, TIED)
             far, rows = self.vectors.nearest(query, asked, admitted)
         if any(later - earlier <= SAME * (1 + later) for earlier, later in pairwise(far)):
             far = self.vectors.distances(query, rows).tolist()

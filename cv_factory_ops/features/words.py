@@ -19,7 +19,8 @@ RANKED = """
     WITH found AS MATERIALIZED (
         SELECT id, bm25(words) AS score FROM words JOIN items ON number = words.rowid WHERE {condition}
     ), ranked AS (
-        SELECT id, RANK() OVER by_score AS place, COUNT(*) OVER by_score AS through FROM found WINDOW by_score AS (ORDER BY score)
+        SELECT id, RANK() OVER by_score AS place, COUNT(*) OVER by_score AS through
+        FROM found WINDOW by_score AS (ORDER BY score)
     )
     SELECT id, place FROM ranked WHERE through <= ? OR id IN (SELECT value FROM json_each(?)) ORDER BY place, id
 """

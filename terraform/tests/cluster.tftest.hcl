@@ -158,6 +158,20 @@ run "a_cluster_is_private_and_its_pods_have_roles_of_their_own" {
     condition     = jsondecode(aws_eks_addon.before_nodes["vpc-cni"].configuration_values).enableNetworkPolicy == "true"
     error_message = "Nothing enforces network policies."
   }
+
+  assert {
+    condition     = jsondecode(aws_eks_addon.after_nodes["aws-ebs-csi-driver"].configuration_values).defaultStorageClass.enabled
+    error_message = "Claims without a class find no volume."
+  }
+
+  assert {
+    condition = alltrue([
+      for template in aws_launch_template.node :
+      toset(template.tag_specifications[*].resource_type) == toset(["instance", "volume", "network-interface"]) &&
+      alltrue([for given in template.tag_specifications : given.tags["stack"] == "imaging"])
+    ])
+    error_message = "The budget, which counts by the tag, does not see the machines."
+  }
 }
 
 run "wrong_clusters" {

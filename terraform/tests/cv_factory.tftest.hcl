@@ -52,6 +52,11 @@ run "cv_factory" {
   }
 
   assert {
+    condition     = alltrue([for deploy in output.deploy : deploy.tags["stack"] == "cv-factory-dev"])
+    error_message = "The budget, which counts by the tag, does not see the endpoints."
+  }
+
+  assert {
     condition     = output.registry == "123456789012.dkr.ecr.eu-central-1.amazonaws.com/cv-factory-dev/"
     error_message = "Images are pushed to another place."
   }

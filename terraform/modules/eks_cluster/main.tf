@@ -1,4 +1,5 @@
 data "aws_caller_identity" "this" {}
+data "aws_default_tags" "this" {}
 data "aws_partition" "this" {}
 data "aws_region" "this" {}
 
@@ -126,9 +127,14 @@ resource "aws_launch_template" "node" {
     }
   }
 
-  tag_specifications {
-    resource_type = "instance"
-    tags          = { Name = "${var.name}-${each.key}" }
+  # The provider's default tags end at the template: what EKS starts by it, the largest part of a budget by tag, needs its own.
+  dynamic "tag_specifications" {
+    for_each = ["instance", "volume", "network-interface"]
+
+    content {
+      resource_type = tag_specifications.value
+      tags          = merge(data.aws_default_tags.this.tags, { Name = "${var.name}-${each.key}" })
+    }
   }
 }
 
@@ -188,18 +194,22 @@ resource "aws_eks_addon" "before_nodes" {
   configuration_values        = each.key == "vpc-cni" ? jsonencode({ enableNetworkPolicy = "true" }) : null
   resolve_conflicts_on_create = "OVERWRITE"
   resolve_conflicts_on_update = "OVERWRITE"
+
+  depends_on = [aws_iam_role_policy_attachment.account] # also at the end: the add-on gives the nodes' interfaces back by it
 }
 
 resource "aws_eks_addon" "after_nodes" {
   for_each = setsubtract(var.addons, ["vpc-cni", "kube-proxy"])
 
-  cluster_name                = aws_eks_cluster.this.name
-  addon_name                  = each.key
-  service_account_role_arn    = each.key == "aws-ebs-csi-driver" ? aws_iam_role.account["ebs"].arn : null
+  cluster_name             = aws_eks_cluster.this.name
+  addon_name               = each.key
+  service_account_role_arn = each.key == "aws-ebs-csi-driver" ? aws_iam_role.account["ebs"].arn : null
+  # EKS itself makes no default StorageClass; claims without a class would wait for ever.
+  configuration_values        = each.key == "aws-ebs-csi-driver" ? jsonencode({ defaultStorageClass = { enabled = true } }) : null
   resolve_conflicts_on_create = "OVERWRITE"
   resolve_conflicts_on_update = "OVERWRITE"
 
-  depends_on = [aws_eks_node_group.this]
+  depends_on = [aws_eks_node_group.this, aws_iam_role_policy_attachment.account]
 }
 
 resource "aws_iam_role" "account" {

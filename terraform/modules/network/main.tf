@@ -1,3 +1,5 @@
+data "aws_caller_identity" "this" {}
+data "aws_partition" "this" {}
 data "aws_region" "this" {}
 
 locals {
@@ -143,6 +145,8 @@ resource "aws_flow_log" "this" {
   log_destination = aws_cloudwatch_log_group.flow.arn
   iam_role_arn    = aws_iam_role.flow.arn
   tags            = { Name = var.name }
+
+  depends_on = [aws_iam_role_policy.flow]
 }
 
 resource "aws_cloudwatch_log_group" "flow" {
@@ -164,10 +168,17 @@ resource "aws_iam_role_policy" "flow" {
   role = aws_iam_role.flow.id
   policy = jsonencode({
     Version = "2012-10-17"
-    Statement = [{
-      Effect   = "Allow"
-      Action   = ["logs:CreateLogStream", "logs:PutLogEvents", "logs:DescribeLogStreams"]
-      Resource = "${aws_cloudwatch_log_group.flow.arn}:*"
-    }]
+    Statement = [
+      {
+        Effect   = "Allow"
+        Action   = ["logs:CreateLogStream", "logs:PutLogEvents", "logs:DescribeLogStreams"]
+        Resource = "${aws_cloudwatch_log_group.flow.arn}:*"
+      },
+      {
+        Effect   = "Allow"
+        Action   = ["logs:DescribeLogGroups"]
+        Resource = "arn:${data.aws_partition.this.partition}:logs:${data.aws_region.this.name}:${data.aws_caller_identity.this.account_id}:log-group:*"
+      },
+    ]
   })
 }

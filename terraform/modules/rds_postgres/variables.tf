@@ -21,7 +21,12 @@ variable "database" {
 variable "username" {
   description = "Name of the first user; RDS makes the password."
   type        = string
-  default     = "owner"
+  default     = "cvf"
+
+  validation {
+    condition     = can(regex("^[a-z][a-z0-9_]{0,15}$", var.username)) && !contains(["admin", "owner", "user", "postgres"], var.username)
+    error_message = "username: up to 16 lower-case letters, digits and _, and no key word of PostgreSQL: RDS refuses those."
+  }
 }
 
 variable "vpc_id" {

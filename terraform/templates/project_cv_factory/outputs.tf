@@ -17,6 +17,7 @@ output "deploy" {
       role_arn = module.endpoint[project].role_arn
       kms_key  = module.key.arn
       vpc      = module.endpoint[project].vpc
+      tags     = { system = var.name, environment = var.environment, stack = local.name } # the budget counts by it
     }
   }
 }

@@ -81,6 +81,14 @@ variable "projects" {
     condition     = alltrue([for project in var.projects : can(regex("^[a-z][a-z0-9_]{0,39}[a-z0-9]$", project))])
     error_message = "projects: lower-case letters, digits and _, as in the project's YAML."
   }
+
+  validation {
+    condition = length(setintersection(
+      [for project in var.projects : replace(project, "_", "-")],
+      ["airflow", "stages", "rollout", "gateway", "inference", "exporter", "mlflow", "ci-images", "cluster", "node", "cni", "ebs", "autoscaler", "flow-logs"],
+    )) == 0
+    error_message = "projects: named like a component or a part of the cluster, whose role would have the same name."
+  }
 }
 
 variable "data_sources" {

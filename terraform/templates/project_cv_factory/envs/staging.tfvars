@@ -1,4 +1,4 @@
-# As prod, but in one zone.
+# As prod, but smaller, and an outage of a zone is not survived.
 environment        = "staging"
 account_id         = "222222222222"
 region             = "eu-central-1"

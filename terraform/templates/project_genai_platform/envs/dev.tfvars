@@ -8,7 +8,7 @@ is_protected       = false
 cluster_admins = { platform = "arn:aws:iam::111111111111:role/platform" }
 node_groups = {
   general = { instance_types = ["m7i.large"], least = 2, most = 4 }
-  llm     = { instance_types = ["g6e.2xlarge"], least = 1, most = 2, gpu = true, labels = { accelerator = "gpu" } }
+  llm     = { instance_types = ["g6e.2xlarge"], least = 0, most = 2, gpu = true, labels = { accelerator = "gpu" } }
 }
 
 monthly_usd = 800
