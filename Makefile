@@ -50,7 +50,7 @@ down: install  ## stop what `make up` or `make demo KEEP=1` left running
 	$(BIN)/cvf endpoint --stop
 
 test: install  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-kubernetes: install  ## the tests that need a cluster on this machine, found by KUBECONFIG; elsewhere they skip
 	$(BIN)/python -m pytest tests/kubernetes -rs $(ARGS)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cv_factory_ops.config import ProjectConfig, load
-from local.stack import _free_port
+from tests.bundles import free_port
 from tests.conftest import TINY
 
 
@@ -40,7 +40,7 @@ class Loop:
 @contextmanager
 def finished_loop(home: Path, **sections: Any) -> Iterator[Loop]:
     """All stages by ``cvf run``, onto a local endpoint of its own; ``sections`` replace those of the tiny project."""
-    port, log = _free_port(8765), home / "endpoint.log"
+    port, log = free_port(), home / "endpoint.log"
     command = [sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(home / "endpoint"), "--port", str(port)]
     with log.open("wb") as file:
         endpoint = subprocess.Popen([*command, "--files", str(home)], stdout=file, stderr=file)

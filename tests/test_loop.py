@@ -22,7 +22,6 @@ from cv_factory_ops.evaluation.gate import judge
 from cv_factory_ops.promotion import locked_test
 from cv_factory_ops.records import Criterion, EvaluateRecord, GateRecord, PredictRecord, PromoteRecord, RegisterRecord
 from cv_factory_ops.stage import TRAINING, read_result, run_stage
-from local.stack import _free_port
 from tests.loop import Loop, finished_loop
 
 
@@ -183,7 +182,7 @@ def test_a_challenger_that_was_compared_with_an_older_champion_is_refused(loop: 
 def test_mlflow_models_serve_answers_like_the_endpoint(loop: Loop) -> None:
     registered = RegisterRecord.model_validate(read_result(loop.run, "register").record)
     source = registry.connect(loop.config).get_model_version("tiny", str(registered.model_version)).source
-    port = _free_port(5200)
+    port = free_port()
     command = [
         Path(sys.executable).with_name("mlflow"),
         "models",
