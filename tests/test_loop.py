@@ -22,6 +22,7 @@ from cv_factory_ops.evaluation.gate import judge
 from cv_factory_ops.promotion import locked_test
 from cv_factory_ops.records import Criterion, EvaluateRecord, GateRecord, PredictRecord, PromoteRecord, RegisterRecord
 from cv_factory_ops.stage import TRAINING, read_result, run_stage
+from tests.bundles import free_port
 from tests.loop import Loop, finished_loop
 
 
