@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 
 from cv_factory_ops import storage
 from tests.mock_kafka import MockCluster
 
 if TYPE_CHECKING:
     from tests.pinecone_server import PineconeServer
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # a busy machine is no failure
 
 TINY: dict[str, Any] = {
     "project": "tiny",

@@ -49,7 +49,10 @@ Project = Callable[..., Path]
 needs_orthanc = pytest.mark.skipif(
     not (shutil.which("Orthanc") and PLUGIN), reason="needs Orthanc: apt-get install orthanc orthanc-dicomweb"
 )
-needs_dcmtk = pytest.mark.skipif(not shutil.which("storescu"), reason="needs storescu: apt-get install dcmtk")
+ELSEWHERE = os.pathsep.join(folder for folder in os.get_exec_path() if Path(folder) != Path(sys.executable).parent)
+"""Where dcmtk's programs are: in an activated environment those of pynetdicom, with the same names, would be found first."""
+ECHOSCU, STORESCU = (shutil.which(name, path=ELSEWHERE) or "" for name in ("echoscu", "storescu"))
+needs_dcmtk = pytest.mark.skipif(not STORESCU, reason="needs storescu: apt-get install dcmtk")
 
 
 def free_port() -> int:
@@ -713,9 +716,9 @@ class TestReceiver:
         config = received_source(project)
         with receiving(config, "--ae-title", "RESEARCH") as receiver:
             peer = ["-aec", "RESEARCH", "127.0.0.1", str(receiver.port)]
-            assert subprocess.run(["echoscu", *peer]).returncode == 0
-            assert subprocess.run(["storescu", *peer, *files(tmp_path / "sent", slices())]).returncode == 0
-            assert subprocess.run(["echoscu", "-aec", "WRONG", *peer[2:]], capture_output=True).returncode != 0
+            assert subprocess.run([ECHOSCU, *peer]).returncode == 0
+            assert subprocess.run([STORESCU, *peer, *files(tmp_path / "sent", slices())]).returncode == 0
+            assert subprocess.run([ECHOSCU, "-aec", "WRONG", *peer[2:]], capture_output=True).returncode != 0
             receiver.stop()
         assert_complete(slices(), inbox_uri(load(config), ReceivedSource(labels="labels.csv")))
 
