@@ -5,6 +5,7 @@ import csv
 import http.server
 import json
 import logging
+import os
 import shutil
 import signal
 import socket
