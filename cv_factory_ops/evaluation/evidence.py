@@ -93,6 +93,7 @@ def require_inputs(stage: Stage) -> None:
         return
     for record in (IngestRecord, PreprocessRecord, TrainRecord, EvaluateRecord, GateRecord, RegisterRecord):
         stage.read(record)
+    approval_of(stage, stage.read(RegisterRecord))
     for name in (*CARDS, *_proofs(stage.read(EvaluateRecord))):
         if not storage.exists(f"{stage.run}/{name}"):
             cure = f"run `cvf {name.partition('/')[0]} --force` with the same --config and --run first"
