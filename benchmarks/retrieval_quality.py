@@ -8,6 +8,12 @@ for each image of the official test split. Printed is the mean share of the five
 
 `cvf similar` asks with the words of a study's metadata. These images come with none, so each is given words by chance, one of
 two sexes and of three views: the row shows what hybrid loses by words that say nothing of the finding.
+
+They come with no reports either, so the rows with reports have **generated** ones: two sentences about something else by
+chance, and among them one about the finding, in one of several wordings, with negations ("no consolidation") where there is
+none. Of a tenth the sentence is that of the other label, a quarter say nothing of the finding. A question is asked with the
+metadata alone, or with what a person who suspects pneumonia, or thinks the image clear, might type; of every tenth that is
+wrong too. So these rows show what the search makes of words that say something, not what reports of a hospital would give.
 """
 
 from __future__ import annotations
@@ -40,6 +46,8 @@ from cv_factory_ops.config import (
 )
 from cv_factory_ops.features.retrievers import Query, Retriever
 from cv_factory_ops.features.stores import Item, open_store
+from cv_factory_ops.features.words import Words
+from cv_factory_ops.ingestion.labels import report_words
 from cv_factory_ops.metrics import predicted
 from cv_factory_ops.predictor import Predictor
 from cv_factory_ops.preprocessing.shards import open_split, read_rows
@@ -49,6 +57,30 @@ from cv_factory_ops.storage import path_of
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pneumoniamnist.yaml"
 K = 5
+OPACITIES = (
+    "There is a focal consolidation in the right lower lobe.",
+    "Patchy airspace opacities, suspicious for pneumonia.",
+    "Findings are consistent with pneumonia; consolidation on the left.",
+    "New infiltrate with air bronchograms.",
+)
+CLEAR = (
+    "The lungs are clear, no consolidation.",
+    "No evidence of pneumonia.",
+    "No focal infiltrate or airspace opacity, lungs well aerated.",
+    "Unremarkable lungs.",
+)
+ELSE = (
+    "The heart is of normal size.",
+    "No pleural effusion.",
+    "Small pleural effusion on the left.",
+    "No pneumothorax.",
+    "Central venous line in place.",
+    "The bones are unremarkable.",
+    "Comparison with the previous image.",
+    "Rotated, limited inspiration.",
+)
+ASKED = {"pneumonia": "pneumonia consolidation infiltrate", "normal": "lungs clear unremarkable"}
+WRONG, SILENT = 0.1, 0.25
 SEXES, VIEWS = ("F", "M"), ("AP", "PA", "lateral")
 NARROW = HnswIndex(neighbours=4, build_breadth=8, search_breadth=5)
 EXACT, AS_RETRIEVED = ExactReranker(), NoReranker()
@@ -63,6 +95,7 @@ WAYS = {
     ),
     "hybrid, words of the metadata": RetrievalConfig(store=FaissStore(), retriever=HybridRetriever(), reranker=EXACT),
 }
+HYBRID = WAYS["hybrid, words of the metadata"]
 
 
 class Split:
@@ -76,8 +109,25 @@ class Split:
         self.answers = np.array(manifest.labels)[predicted(probabilities, manifest.threshold)]
         chance = np.random.default_rng(len(self.images))
         self.known = [{"sex": str(chance.choice(SEXES)), "view": str(chance.choice(VIEWS))} for _ in self.images]
+        self.reports = [report(str(label), chance) for label in self.labels]
+        self.typed = [ASKED[told_as(str(label), chance)] for label in self.labels]
         self.components = predictor.vectors(self.embedding, "components")
         self.pixels = self.images.reshape(len(self.images), -1).astype(np.float32) / 65535
+
+
+def told_as(label: str, chance: np.random.Generator) -> str:
+    """The label, or of a tenth the other one."""
+    [other] = ASKED.keys() - {label}
+    return other if chance.random() < WRONG else label
+
+
+def report(label: str, chance: np.random.Generator) -> str:
+    """A generated one."""
+    sentences = [str(each) for each in chance.choice(ELSE, 2, replace=False)]
+    if chance.random() >= SILENT:
+        sentences.append(str(chance.choice(OPACITIES if told_as(label, chance) == "pneumonia" else CLEAR)))
+    chance.shuffle(sentences)
+    return report_words(" ".join(sentences))
 
 
 def train(data: Path, home: Path, epochs: int, seed: int) -> tuple[Predictor, Path]:
@@ -95,16 +145,28 @@ def train(data: Path, home: Path, epochs: int, seed: int) -> tuple[Predictor, Pa
     return Predictor(Bundle.load(bundle)), home / "run" / "preprocess"
 
 
-def neighbours(config: RetrievalConfig, train: Split, test: Split, folder: Path) -> list[list[str]]:
-    """Labels of the five that are found for each test image."""
+def neighbours(
+    config: RetrievalConfig, train: Split, test: Split, folder: Path, with_reports: bool = False, typed: bool = False
+) -> list[list[str]]:
+    """Labels of the five that are found for each test image; of items with reports, by what a person has typed."""
     kept, asked = (train.embedding, test.embedding) if config.vector == "embedding" else (train.components, test.components)
     with open_store(config.store, folder, "", kept.shape[1]) as store:
-        known = zip(train.known, train.labels, strict=True)
-        store.add([Item(f"{row:05}", {**said, "label": str(label)}) for row, (said, label) in enumerate(known)], kept)
+        known = zip(train.known, train.reports, strict=True)
+        store.add([Item(f"{row:05}", said, text if with_reports else "") for row, (said, text) in enumerate(known)], kept)
         store.persist()
     with open_store(config.store, folder, "", kept.shape[1]) as store, Retriever(store, config) as retriever:
-        questions = [Query(vector, " ".join(said.values())) for vector, said in zip(asked, test.known, strict=True)]
-        return [[str(match.item.metadata["label"]) for match in retriever.retrieve(each, K)] for each in questions]
+        words = [" ".join([*said.values(), more if typed else ""]) for said, more in zip(test.known, test.typed, strict=True)]
+        questions = [Query(vector, text) for vector, text in zip(asked, words, strict=True)]
+        return [[str(train.labels[int(match.item.id)]) for match in retriever.retrieve(each, K)] for each in questions]
+
+
+def words_alone(train: Split, test: Split) -> list[list[str]]:
+    """By what is typed and nothing else; of equally good ones the first by id."""
+    words = Words(
+        Item(f"{row:05}", said, text) for row, (said, text) in enumerate(zip(train.known, train.reports, strict=True))
+    )
+    ranks = [words.ranks(text, len(train.labels)) for text in test.typed]
+    return [[str(train.labels[int(each)]) for each in sorted(found, key=lambda i: (found[i], i))[:K]] for found in ranks]
 
 
 def nearest_pixels(train: Split, test: Split) -> list[list[str]]:
@@ -147,6 +209,15 @@ def main() -> None:
         for place, (name, config) in enumerate(WAYS.items()):
             folder = Path(home, f"store{place}")
             print(row(name, lambda c=config, f=folder: neighbours(c, known, asked, f), asked, generator), flush=True)  # type: ignore[misc]
+        of_reports = {
+            "words of generated reports alone": lambda: words_alone(known, asked),
+            "hybrid, generated reports, asked by metadata": lambda: neighbours(HYBRID, known, asked, Path(home, "told"), True),
+            "hybrid, generated reports, asked by typed words": lambda: neighbours(
+                HYBRID, known, asked, Path(home, "typed"), True, True
+            ),
+        }
+        for name, found in of_reports.items():
+            print(row(name, found, asked, generator), flush=True)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "faiss-cpu", "numpy"))
     print(f"\n{packages}, Python {platform.python_version()}, {os.cpu_count()} cores,", end=" ")
     print(f"seed {options.seed}, {options.epochs} epochs")

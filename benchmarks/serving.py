@@ -1,11 +1,22 @@
 """`/invocations` beside `mlflow models serve` and LitServe: `python -m benchmarks.serving [--seconds 10] [--rounds 3]`.
 
 ResNet-18 at 224 px, one request a study: a PNG of 224 x 224, then a DICOM file of 1024 x 1024 (16 bits, uncompressed). All
-servers hold the same bundle, decode and prepare with the same code and are started at once; they are measured in turn, round by
-round, by a load generator in a process of its own, whose processor time the servers have to do without. Ours takes the study as
-the body; the others take it as base64 in JSON. *Bare* is a process that holds the bytes already: decode, prepare and forward
-one study after the other (latency); batches that are prepared already (throughput; the best batch counts). ``cpu`` is user and
-system time of the server's processes a request. Needs ``pip install litserve``.
+servers are started at once; they are measured in turn, round by round, by a load generator in a process of its own
+(``benchmarks/load.py``), whose processor time the servers have to do without. Needs ``pip install litserve``.
+
+- *our bundle*: the others hold the same bundle as `cvf serve`, and decode and prepare with the same code. Ours takes the study
+  as the body, they take it as base64 in JSON.
+- *as documented* (of the PNG alone): what their own documentation leads to, with PyTorch and the same weights. MLflow serves
+  what ``mlflow.pytorch`` has saved, a request is the prepared tensor as JSON: it decodes no picture. LitServe takes base64 in
+  JSON, decodes with Pillow, and gathers batches of up to 16. See ``benchmarks/serving_plain.py``.
+- *bare*: a process that holds the bytes already: decode, prepare and forward one study after the other (latency); batches that
+  are prepared already (throughput; the best batch counts).
+
+``cpu`` is user and system time of the server's processes a request, ``clients`` that of the load generator; ``idle`` is the
+share of the machine's processor time that nothing used: what these three leave is other work.
+
+`--updates N`: nothing of that. 16 clients ask a local endpoint (`cvf endpoint`), which is updated N times meanwhile, from one
+model to another and back, blue/green; printed are requests, failures and updates.
 """
 
 from __future__ import annotations
@@ -22,7 +33,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +46,8 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from cv_factory_ops.bundle import Bundle, BundleManifest, Pca
+from benchmarks.serving_plain import picture, save_for_mlflow
+from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, pack
 from cv_factory_ops.config import PreprocessingConfig, ResNet
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
 from cv_factory_ops.engine import open_engine
@@ -61,6 +72,10 @@ class Load:
     """Answers a second."""
     cpu: float
     """Seconds of processor time of the server a request."""
+    clients_cpu: float
+    """The same of the clients."""
+    idle: float
+    """Share of the machine's processor time that nothing used."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +87,9 @@ class Server:
     port: int
     path: str
     health: str
-    is_json: bool
-
-    def body(self, study: Part) -> tuple[bytes, str]:
-        if not self.is_json:
-            return study.content, study.content_type
-        return json.dumps({"inputs": [base64.b64encode(study.content).decode()]}).encode(), "application/json"
+    body: Callable[[Part], tuple[bytes, str]]
+    """A study as the server takes it, and its content type."""
+    pictures_only: bool = False
 
     def cpu_seconds(self) -> float:
         total = 0.0
@@ -95,30 +107,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("--load", nargs=5, metavar=("PORT", "PATH", "BODY", "TYPE", "CLIENTS"), help=argparse.SUPPRESS)
+    parser.add_argument("--updates", type=int, default=0, metavar="N")
     options = parser.parse_args()
-    if options.load:
-        port, path, body, content_type, clients = options.load
-        print(json.dumps(load(int(port), path, Path(body).read_bytes(), content_type, int(clients), options.seconds)))
-        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers must not outlive it
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "CVF_PSEUDONYM_KEY": "benchmark"}
     with tempfile.TemporaryDirectory() as folder:
-        compare(Path(folder), options)
+        if options.updates:
+            update(Path(folder), options.updates)
+        else:
+            compare(Path(folder), options)
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers must not outlive it
     bundle = new_bundle(folder / "bundle")
-    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "CVF_PSEUDONYM_KEY": "benchmark"}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow starts `uvicorn`
     with started(folder, bundle, ours_only=options.ours_only) as servers:
         for name, study in {"PNG 224 x 224": png(), "DICOM 1024 x 1024": dicom(folder)}.items():
             print(f"\n{name}, {len(study.content) / 1024:.0f} KiB a request, {options.threads} threads")
             bare(bundle, study, options)
-            measure(folder, servers, study, options)
+            fitting = [server for server in servers if not server.pictures_only or study.content_type == "image/png"]
+            measure(folder, fitting, study, options)
 
 
-def new_bundle(path: Path) -> Bundle:
-    torch.manual_seed(0)
+def new_bundle(path: Path, seed: int = 0) -> Bundle:
+    torch.manual_seed(seed)
     manifest = BundleManifest(
         project="benchmark",
         domain="medical",
@@ -145,6 +157,23 @@ def smooth(side: int) -> NDArray[np.float32]:
     return np.asarray((blurred - blurred.min()) / np.ptp(blurred), np.float32)
 
 
+def as_sent(study: Part) -> tuple[bytes, str]:
+    return study.content, study.content_type
+
+
+def as_base64(study: Part) -> tuple[bytes, str]:
+    return json.dumps({"inputs": [base64.b64encode(study.content).decode()]}).encode(), "application/json"
+
+
+def as_picture(study: Part) -> tuple[bytes, str]:
+    return json.dumps({"image": base64.b64encode(study.content).decode()}).encode(), "application/json"
+
+
+def as_tensor(study: Part) -> tuple[bytes, str]:
+    """Decoded and prepared by the client, with as many digits as a picture of 8 bits needs."""
+    return json.dumps({"inputs": [np.round(picture(study.content).numpy(), 4).tolist()]}).encode(), "application/json"
+
+
 def png() -> Part:
     return Part(cv2.imencode(".png", np.rint(255 * smooth(SIZE)).astype(np.uint8))[1].tobytes(), "image/png")
 
@@ -160,36 +189,29 @@ def dicom(folder: Path) -> Part:
 
 @contextlib.contextmanager
 def started(folder: Path, bundle: Bundle, *, ours_only: bool) -> Iterator[list[Server]]:
-    here = [sys.executable, "-m", "benchmarks.serving_litserve", str(bundle.path)]
-    commands: dict[str, tuple[Callable[[int], list[str]], str, str, bool]] = {
-        "cvf serve": (
-            lambda port: [
-                sys.executable,
-                "-m",
-                "cv_factory_ops.cli",
-                "serve",
-                "--model",
-                str(bundle.path),
-                "--port",
-                str(port),
-            ],
-            *("/invocations", "/ping", False),
-        )
-    }
+    module = [sys.executable, "-m"]
+    ours = [*module, "cv_factory_ops.cli", "serve", "--model", str(bundle.path), "--port"]
+    commands: list[tuple[str, Callable[[int], list[str]], str, str, Callable[[Part], tuple[bytes, str]]]] = [
+        ("cvf serve", lambda port: [*ours, str(port)], "/invocations", "/ping", as_sent)
+    ]
     if not ours_only:
-        commands |= {
-            "LitServe": (lambda port: [*here, str(port), "1"], "/predict", "/health", True),
-            "LitServe, batches of 16": (lambda port: [*here, str(port), "16"], "/predict", "/health", True),
-            "mlflow models serve": (mlflow_command(folder, bundle), "/invocations", "/ping", True),
-        }
+        same, plain = ([*module, f"benchmarks.serving_{name}", str(bundle.path)] for name in ("litserve", "plain_litserve"))
+        mlflow_same, mlflow_plain = mlflow_models(folder, bundle)
+        commands += [
+            ("LitServe, our bundle", lambda port: [*same, str(port), "1"], "/predict", "/health", as_base64),
+            ("LitServe, our bundle, batches of 16", lambda port: [*same, str(port), "16"], "/predict", "/health", as_base64),
+            ("LitServe, as documented, batches of 16", lambda port: [*plain, str(port)], "/predict", "/health", as_picture),
+            ("`mlflow models serve`, our bundle", mlflow_command(mlflow_same), "/invocations", "/ping", as_base64),
+            ("`mlflow models serve`, as documented", mlflow_command(mlflow_plain), "/invocations", "/ping", as_tensor),
+        ]
     servers = []
     with contextlib.ExitStack() as stack:
-        for name, (command, path, health, is_json) in commands.items():
+        for name, command, path, health, body in commands:
             port = free_port()
             log = stack.enter_context((folder / f"{port}.log").open("wb"))
             process = subprocess.Popen(command(port), stdout=log, stderr=log, start_new_session=True)
             stack.callback(end, process)
-            servers.append(Server(name, process, port, path, health, is_json))
+            servers.append(Server(name, process, port, path, health, body, body in {as_picture, as_tensor}))
         for server in servers:
             began = time.monotonic()
             while not answers(server):
@@ -205,12 +227,18 @@ def free_port() -> int:
         return port
 
 
-def mlflow_command(folder: Path, bundle: Bundle) -> Callable[[int], list[str]]:
+def mlflow_models(folder: Path, bundle: Bundle) -> tuple[Path, Path]:
+    """Folders of what MLflow serves: our bundle, and what ``mlflow.pytorch`` makes of its network."""
     import mlflow
 
-    model = folder / "mlflow"
+    same, plain = folder / "mlflow", folder / "mlflow_plain"
     script = Path(__file__).with_name("serving_model.py")
-    mlflow.pyfunc.save_model(model, python_model=str(script), artifacts={"bundle": str(bundle.path)}, pip_requirements=[])
+    mlflow.pyfunc.save_model(same, python_model=str(script), artifacts={"bundle": str(bundle.path)}, pip_requirements=[])
+    save_for_mlflow(bundle, plain, SIZE)
+    return same, plain
+
+
+def mlflow_command(model: Path) -> Callable[[int], list[str]]:
     base = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(model), "--env-manager", "local"]
     return lambda port: [*base, "--host", "127.0.0.1", "--port", str(port)]
 
@@ -260,10 +288,10 @@ def bare(bundle: Bundle, study: Part, options: argparse.Namespace) -> None:
         best = max(rates, key=lambda size: rates[size])
         rows.append(
             f"| bare {name} | {quantile(latencies, 0.5):.1f} ms | {quantile(latencies, 0.99):.1f} ms | {cpu * 1e3:.1f} ms "
-            f"| {rates[best]:.1f} (batches of {best}, prepared) | | |"
+            f"| {rates[best]:.1f} (batches of {best}, prepared) | | | | |"
         )
-    print("| | 1 client, p50 | p99 | cpu | 16 clients, requests/s | cpu | failed |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | 1 client, p50 | p99 | cpu | 16 clients, requests/s | cpu | clients | idle | failed |")
+    print("|---|---|---|---|---|---|---|---|---|")
     print("\n".join(rows), flush=True)
 
 
@@ -292,10 +320,13 @@ def measure(folder: Path, servers: list[Server], study: Part, options: argparse.
         one, many = found[server.name, 1], found[server.name, CLIENTS]
         p50, p99 = (statistics.median(quantile(window.latencies, share) for window in one) for share in (0.5, 0.99))
         rate = statistics.median(window.throughput for window in many)
+        clients = statistics.median(window.clients_cpu for window in many) * 1e3
+        idle = statistics.median(window.idle for window in many)
         cpu = [statistics.median(window.cpu for window in windows) * 1e3 for windows in (one, many)]
         failed = sum(window.failed for window in (*one, *many))
         print(
-            f"| {server.name} | {p50:.1f} ms | {p99:.1f} ms | {cpu[0]:.1f} ms | {rate:.1f} | {cpu[1]:.1f} ms | {failed} |",
+            f"| {server.name} | {p50:.1f} ms | {p99:.1f} ms | {cpu[0]:.1f} ms "
+            f"| {rate:.1f} | {cpu[1]:.1f} ms | {clients:.2f} ms | {idle:.0%} | {failed} |",
             flush=True,
         )
 
@@ -304,46 +335,81 @@ def loaded(folder: Path, server: Server, study: Part, clients: int, seconds: flo
     """A window of load from a process of its own."""
     content, content_type = server.body(study)
     (folder / "body").write_bytes(content)
-    arguments = [str(server.port), server.path, str(folder / "body"), content_type, str(clients)]
-    command = [sys.executable, "-m", "benchmarks.serving", "--seconds", str(seconds), "--load", *arguments]
-    used = server.cpu_seconds()
+    arguments = [str(server.port), server.path, str(folder / "body"), content_type, str(clients), str(seconds)]
+    command = [sys.executable, "-m", "benchmarks.load", *arguments]
+    used, before = server.cpu_seconds(), psutil.cpu_times()
     printed = subprocess.run(command, check=True, capture_output=True, timeout=seconds + 120).stdout
     told = json.loads(printed)
     answered = len(told["latencies"])
     if not answered:
-        sys.exit(f"{server.name} has not answered: {told['first_failure']}")
-    return Load(sorted(told["latencies"]), told["failed"], answered / told["seconds"], (server.cpu_seconds() - used) / answered)
+        sys.exit(f"{server.name} has not answered: {told['failures'][:1]}")
+    cpu = (server.cpu_seconds() - used) / answered
+    rate, spent = answered / told["seconds"], np.subtract(psutil.cpu_times(), before)
+    idle = float(spent[3] / spent[:8].sum())  # user, nice, system, idle, iowait, irq, softirq, steal
+    return Load(sorted(told["latencies"]), len(told["failures"]), rate, cpu, told["cpu"] / answered, idle)
 
 
-def load(port: int, path: str, body: bytes, content_type: str, clients: int, seconds: float) -> dict[str, Any]:
-    """Each client sends its next request when the last one is answered, over one connection, for ``seconds``."""
-    latencies: list[float] = []
-    failures: list[str] = []
-    began = time.perf_counter()
+def update(folder: Path, updates: int) -> None:
+    """Blue/green updates of a local endpoint under the load of ``CLIENTS``."""
+    study, port = png(), free_port()
+    (folder / "body").write_bytes(study.content)
+    command = [sys.executable, "-m", "cv_factory_ops.cli", "endpoint", "--state", str(folder / "state"), "--port", str(port)]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((folder / "endpoint.log").open("wb"))
+        server = subprocess.Popen([*command, "--files", str(folder)], stdout=log, stderr=log, start_new_session=True)
+        stack.callback(end, server)
+        control = control_plane(port)
+        for seed, name in enumerate(("blue", "green")):
+            new_model(control, folder, name, seed)
+        control.create_endpoint(EndpointName="benchmark", EndpointConfigName="blue")
+        in_service(control, "blue")
+        arguments = [str(port), "/endpoints/benchmark/invocations", str(folder / "body"), study.content_type, str(CLIENTS)]
+        clients = subprocess.Popen([sys.executable, "-m", "benchmarks.load", *arguments, "86400"], stdout=subprocess.PIPE)
+        stack.callback(end, clients)
+        time.sleep(3)
+        took = []
+        for number in range(updates):
+            began, name = time.monotonic(), ("green", "blue")[number % 2]
+            control.update_endpoint(EndpointName="benchmark", EndpointConfigName=name)
+            in_service(control, name)
+            took.append(time.monotonic() - began)
+            print(f"update {number + 1} of {updates}: {took[-1]:.1f} s", file=sys.stderr)
+        time.sleep(3)
+        clients.terminate()
+        told = json.loads(clients.communicate(timeout=120)[0])
+    answered, failed = len(told["latencies"]), len(told["failures"])
+    print("| updates | an update | requests | requests/s | failed | longest answer |\n|---|---|---|---|---|---|")
+    print(f"| {updates} | {statistics.median(took):.1f} s | {answered + failed} |", end=" ")
+    print(f"{answered / told['seconds']:.1f} | {failed} | {max(told['latencies']):.2f} s |")
+    print("\n".join(sorted(set(told["failures"]))[:5]))
 
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        while time.perf_counter() - began < seconds:
-            sent = time.perf_counter()
-            try:
-                connection.request("POST", path, body, {"content-type": content_type})
-                response = connection.getresponse()
-                answer = response.read()
-                if response.status != 200:
-                    raise http.client.HTTPException(f"{response.status} {answer[:200]!r}")
-                latencies.append(time.perf_counter() - sent)
-            except (OSError, http.client.HTTPException) as error:
-                failures.append(str(error))
-                connection.close()
-                time.sleep(0.05)
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    took = time.perf_counter() - began
-    return {"latencies": latencies, "failed": len(failures), "first_failure": failures[:1], "seconds": took}
+def control_plane(port: int) -> Any:
+    """A client of the local endpoint's, once that answers."""
+    import boto3
+
+    keys = {"region_name": "us-east-1", "aws_access_key_id": "x", "aws_secret_access_key": "x"}
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
+            return boto3.client("sagemaker", endpoint_url=f"http://127.0.0.1:{port}", **keys)
+        time.sleep(0.2)
+
+
+def new_model(control: Any, folder: Path, name: str, seed: int) -> None:
+    """A model and an endpoint config of this name."""
+    pack(new_bundle(folder / name, seed).path, folder / f"{name}.tar.gz")
+    container = {"Image": "cv-factory", "ModelDataUrl": (folder / f"{name}.tar.gz").as_uri()}
+    control.create_model(ModelName=name, PrimaryContainer=container, ExecutionRoleArn="arn:aws:iam::000000000000:role/local")
+    variant = {"VariantName": "AllTraffic", "ModelName": name, "InitialInstanceCount": 1, "InstanceType": "ml.m5.large"}
+    control.create_endpoint_config(EndpointConfigName=name, ProductionVariants=[variant])
+
+
+def in_service(control: Any, name: str) -> None:
+    """Wait until the endpoint serves this config."""
+    while (found := control.describe_endpoint(EndpointName="benchmark"))["EndpointStatus"] in {"Creating", "Updating"}:
+        time.sleep(0.2)
+    if (found["EndpointStatus"], found["EndpointConfigName"]) != ("InService", name):
+        sys.exit(f"the endpoint is {found['EndpointStatus']} with {found['EndpointConfigName']}: {found.get('FailureReason')}")
 
 
 def quantile(latencies: list[float], share: float) -> float:

@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     similar.add_argument(
         "--where", action="append", default=[], metavar="NAME:VALUE", help="narrow down, label:normal or age:40..65; repeatable"
     )
+    similar.add_argument("--text", default="", metavar="WORDS", help="look for these as well, in metadata and reports")
     similar.add_argument("--out", type=Path, metavar="FILE.png", help="draw them beside the image")
     serve = _add(commands, "serve", "serve a bundle: /ping and /invocations (SageMaker's container contract)", _serve)
     serve.add_argument("--model", type=Path, help="bundle directory; by default where SageMaker, Vertex AI or Azure ML put it")
@@ -409,7 +410,8 @@ def _similar(options: argparse.Namespace) -> int:
     from cv_factory_ops.similar import find
 
     run = as_uri(options.run) if options.run else ""
-    print(find(load(options.config, options.set), run, options.image, options.k, options.where, options.out))
+    config = load(options.config, options.set)
+    print(find(config, run, options.image, options.k, options.where, options.text, options.out))
     return 0
 
 

@@ -315,6 +315,9 @@ class DataConfig(Frozen):
     """Add captured requests whose labels have arrived (the retraining DAG sets this)."""
     unlabelled: Literal["refuse", "keep"] = "refuse"
     """Images without a label, also captured ones: ``keep`` makes them the split ``unlabelled``, for ``fixmatch``."""
+    report_column: str | None = Field(default=None, min_length=1)
+    """Column of the table of labels that holds a report about the image, whose words a hybrid search of similar studies finds.
+    Reports must be de-identified: nothing here finds a name in a sentence. Null: no report is read. See docs/retrieval.md."""
     pseudo_labels: float | None = Field(default=None, gt=0.5, le=1)
     """Captured studies whose label has not arrived are trained on with the champion's answer, where its calibrated probability
     is at least this; never validated or tested on. Null: no answer is taken for a label."""
@@ -2217,6 +2220,14 @@ class ProjectConfig(Frozen):
             }
         if lacking := next((need for need, is_met in needs.items() if not is_met), None):
             raise ValueError(f"{lacking} where task is {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _reports_fit(self) -> ProjectConfig:
+        if self.data.report_column and (self.task == "segmentation" or not getattr(self.data.source, "labels", None)):
+            raise ValueError("data.report_column: null where there is no table of labels to have a column")
+        if self.data.report_column in {"label", "file", "study", "instance", "patient"}:
+            raise ValueError(f"data.report_column: {self.data.report_column} given; allowed: a column that is of no other use")
         return self
 
     @model_validator(mode="after")

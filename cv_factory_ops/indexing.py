@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from cv_factory_ops.errors import ConfigError, DataError
 from cv_factory_ops.features.index import ENCODER, MANIFEST, OWN, STORE, IndexManifest
 from cv_factory_ops.features.retrievers import load_encoder
 from cv_factory_ops.features.stores import Item, Value, VectorStore, open_store
+from cv_factory_ops.ingestion.manifest import REPORTS, read_reports
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.predictor import Predictor
 from cv_factory_ops.preprocessing.shards import open_split, read_rows
-from cv_factory_ops.records import IndexRecord, TrainRecord
+from cv_factory_ops.records import IndexRecord, IngestRecord, TrainRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,8 +55,9 @@ def run(stage: Stage) -> IndexRecord:
         shutil.copytree(settings.reranker.path, folder / ENCODER)
     name = f"{stage.config.project}_{bundle.digest[:12]}_{uuid.uuid4().hex[:8]}"
     dimensions, shards = predictor.dimensions(settings.vector), stage.local(f"{stage.run}/preprocess")
+    reports = _reports(stage)
     with open_store(settings.store, folder / STORE, name, dimensions) as store:
-        count = sum(_add(store, predictor, settings, shards, split) for split in settings.splits)
+        count = sum(_add(store, predictor, settings, shards, split, reports) for split in settings.splits)
         if not count:
             raise DataError(f"{shards}: no image of {', '.join(settings.splits)} has a label")
         store.persist()
@@ -72,11 +74,24 @@ def run(stage: Stage) -> IndexRecord:
     )
 
 
-def _add(store: VectorStore, predictor: Predictor, settings: RetrievalConfig, shards: Path, split: str) -> int:
+def _reports(stage: Stage) -> dict[str, str]:
+    """Words by image; none where the project reads no reports."""
+    asked = stage.read(IngestRecord).reports_digest
+    return read_reports(stage.local(f"{stage.run}/{IngestRecord.stage}/{REPORTS}")) if asked else {}
+
+
+def _add(
+    store: VectorStore,
+    predictor: Predictor,
+    settings: RetrievalConfig,
+    shards: Path,
+    split: str,
+    reports: Mapping[str, str],
+) -> int:
     """Add a split's images; returns how many."""
     count = 0
     images, rows = open_split(shards, split), read_rows(shards, split)
-    items = _items(rows, predictor.manifest.labels, split)
+    items = _items(rows, predictor.manifest.labels, split, reports)
     for chunk in with_progress(chunks := images.chunks(BATCH), len(chunks), f"index: {split}", "batch"):
         labelled = [i for i in range(chunk.start, chunk.stop) if items[i].metadata.get("label")]
         if labelled:
@@ -86,11 +101,11 @@ def _add(store: VectorStore, predictor: Predictor, settings: RetrievalConfig, sh
     return count
 
 
-def _items(rows: pd.DataFrame, labels: Sequence[str], split: str) -> list[Item]:
+def _items(rows: pd.DataFrame, labels: Sequence[str], split: str, reports: Mapping[str, str]) -> list[Item]:
     """One an image; without ``label`` where no person has given one."""
     pseudo = rows["pseudo"] if "pseudo" in rows else np.full(len(rows), -1)
     return [
-        Item(row["id"], dict(_metadata(row, labels if by_model < 0 else (), split, position)))
+        Item(row["id"], dict(_metadata(row, labels if by_model < 0 else (), split, position)), reports.get(row["id"], ""))
         for position, (row, by_model) in enumerate(zip(rows.to_dict("records"), pseudo, strict=True))
     ]
 

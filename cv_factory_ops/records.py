@@ -71,6 +71,8 @@ class IngestRecord(Record):
     """Digest of the manifest: ids, labels, splits and pixel digests."""
     test_digest: str
     """Digest of the sorted pixel digests of the locked test set."""
+    reports_digest: str = ""
+    """Digest of ``reports.parquet``; empty where no reports are read."""
 
 
 class PreprocessRecord(Record):

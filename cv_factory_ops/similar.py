@@ -28,9 +28,9 @@ WIDEST = 6
 """Pictures in a row."""
 
 
-def find(config: ProjectConfig, run: str, image: Path, k: int | None, where: Sequence[str], out: Path | None) -> str:
+def find(config: ProjectConfig, run: str, image: Path, k: int | None, where: Sequence[str], text: str, out: Path | None) -> str:
     """A table of the ``k`` (or ``retrieval.k``) most similar, one of each patient, with the model's own answer; and, to
-    ``out``, a picture of them.
+    ``out``, a picture of them. A hybrid search looks for the words of ``text`` as well.
 
     ``run`` is the URI of the run whose index is searched; empty for the champion's.
 
@@ -49,7 +49,7 @@ def find(config: ProjectConfig, run: str, image: Path, k: int | None, where: Seq
         bundle = Bundle.load(storage.local(train.bundle, Path(scratch)))
         with Index.open(storage.local(record.index, Path(scratch)), bundle.digest) as index:
             predictor = Predictor(bundle, open_engine(bundle, "openvino", len(os.sched_getaffinity(0))).network)
-            prepared, answer, found = _searched(predictor, index, image, k, where)
+            prepared, answer, found = _searched(predictor, index, image, k, where, text)
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 _draw(out, prepared, answer, found, [_picture(run, index, each) for each in found])
@@ -64,7 +64,7 @@ def _run_of_champion(config: ProjectConfig) -> str:
 
 
 def _searched(
-    predictor: Predictor, index: Index, image: Path, k: int | None, where: Sequence[str]
+    predictor: Predictor, index: Index, image: Path, k: int | None, where: Sequence[str], text: str
 ) -> tuple[NDArray[np.uint16], Prediction, list[Neighbour]]:
     """The image as the model sees it, the model's answer, and who is like it."""
     try:
@@ -78,7 +78,10 @@ def _searched(
     probabilities, embedding = predictor.forward(given.image[None])
     (vector,) = predictor.vectors(embedding, index.manifest.retrieval.vector)
     answer = predictor.conclude([given], probabilities, embedding).predictions[0]
-    return given.image, answer, index.similar(vector, k, wanted, given.metadata, given.patient)
+    try:
+        return given.image, answer, index.similar(vector, k, wanted, given.metadata, given.patient, text)
+    except Rejected as error:
+        raise ConfigError(f"--text: {error}") from None
 
 
 def _decoded(predictor: Predictor, image: Path) -> Decoded:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
+import pandas as pd
+
 from cv_factory_ops import storage
-from cv_factory_ops.records import EvaluateRecord, GateRecord, Record, Result, TrainRecord
+from cv_factory_ops.evaluation.evidence import CARDS
+from cv_factory_ops.records import EvaluateRecord, GateRecord, IngestRecord, PreprocessRecord, Record, Result, TrainRecord
 
 
 def put(run: str, record: Record) -> None:
@@ -47,3 +52,21 @@ def gated(reasons: tuple[str, ...]) -> GateRecord:
         reasons=list(reasons),
         test_digest="t",
     )
+
+
+def put_what_evidence_needs(run: str, bundle: str, digest: str) -> None:
+    """Records and files that the stages before ``register`` would have left; a rollout asks for them."""
+    counts = {"accepted": 0, "quarantined": 0, "to_review": 0, "captured": 0}
+    for record in (
+        IngestRecord(summary="", quarantine_reasons={}, splits={}, data_digest="", test_digest="t", **counts),
+        PreprocessRecord(summary="", counts={}, mean=0.5, std=0.25, shards_digest=""),
+        trained(bundle, digest, "0"),
+        evaluated(run, None),
+        gated(()),
+    ):
+        put(run, record)
+    for name in (*CARDS, "evaluate/roc.png", "gate/criteria.json", "gate/criteria.png"):
+        storage.write_bytes(f"{run}/{name}", b"")
+    none = io.BytesIO()
+    pd.DataFrame({"id": [], "split": []}).to_parquet(none)  # no golden studies
+    storage.write_bytes(f"{run}/evaluate/predictions.parquet", none.getvalue())

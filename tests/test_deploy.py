@@ -22,6 +22,7 @@ from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.records import DeployRecord, RegisterRecord, Result, VerifyRecord
 from cv_factory_ops.stage import run_stage
 from tests.bundles import SIZE, free_port, npy, start_cvf, wait_until, write_bundle
+from tests.records import put_what_evidence_needs
 
 Registered = Callable[[str, Bundle], str]
 
@@ -50,6 +51,7 @@ def registered(home: Path, name: str, bundle: Bundle, **changes: Any) -> str:
     )
     run = (home / "runs" / name).as_uri()
     result = Result(stage="register", run=run, inputs_digest="", seconds=0, record=record.model_dump() | changes)
+    put_what_evidence_needs(run, bundle.path.as_uri(), bundle.digest)
     storage.write_bytes(f"{run}/register/result.json", result.model_dump_json().encode())
     return run
 
@@ -88,6 +90,30 @@ def test_deploy_and_verify_and_deploy_again(config: ProjectConfig, home: Path) -
     assert counts(session(config)) == (2, 2, 1)
     with pytest.raises(DataError, match=r"silent rollback: endpoint tiny serves endpoint config"):
         verify(config, run)
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("evaluate/model_card.html", r"evaluate/model_card\.html: is not there, .* evidence .* run `cvf evaluate --force`"),
+        ("evaluate/roc.png", r"evaluate/roc\.png: is not there, .* run `cvf evaluate --force`"),
+        ("gate/criteria.png", r"gate/criteria\.png: is not there, .* run `cvf gate --force`"),
+        ("preprocess/result.json", r"preprocess/result\.json: is not there; run `cvf preprocess`"),
+    ],
+)
+def test_a_version_whose_evidence_would_fail_is_not_rolled_out(
+    config: ProjectConfig, home: Path, missing: str, told: str
+) -> None:
+    run = registered(home, "first", write_bundle(home / "one", 1))
+    content = storage.read_bytes(f"{run}/{missing}")
+    storage.delete_tree(f"{run}/{missing}")
+    refused = start_cvf("deploy", "--config", str(home / "project.yaml"), "--run", run, folder=home)
+    assert refused.wait(60) == 3
+    with pytest.raises(DataError, match=told):
+        deploy(config, run)
+    assert not (home / "var" / "endpoint").exists(), "nothing was asked of the endpoint, not even to start"
+    storage.write_bytes(f"{run}/{missing}", content)
+    assert deploy(config, run).previous_config_name is None
 
 
 def test_requests_are_captured_but_not_the_probe_of_verify(config: ProjectConfig, home: Path) -> None:

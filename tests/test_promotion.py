@@ -439,13 +439,25 @@ def test_a_failed_rollout_goes_back_to_the_champion_and_not_to_what_was_never_pr
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_a_rollout_whose_evidence_cannot_be_made_is_taken_back(world: World, champion: int, by_hand: bool) -> None:
     serves, run = live(world.config), world.run()
-    plots = storage.path_of(f"{run}/gate/criteria.png")
-    assert plots is not None
-    plots.unlink()
-    roll_out = (lambda: promote_by_hand(world.config, run, "we want it")) if by_hand else (lambda: world.release(run))
+    order = Order("promotion", "a person", "we want it") if by_hand else None
+    for name in ("register", "deploy", "verify"):
+        run_stage(name, world.config, run, order=order)
+    storage.delete_tree(f"{run}/gate/criteria.png")  # it was there when `deploy` asked
     with pytest.raises(DataError, match=rf"criteria\.png: .*; the endpoint was put back to {serves.endpoint_config_name}"):
-        roll_out()
+        run_stage("evidence", world.config, run, order=order)
     assert live(world.config)[:4] == serves[:4]
+    assert world.aliases["champion"] == champion
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_version_whose_evidence_cannot_be_made_is_not_rolled_out(world: World, champion: int, by_hand: bool) -> None:
+    serves, run = live(world.config), world.run()
+    storage.delete_tree(f"{run}/gate/criteria.png")
+    roll_out = (lambda: promote_by_hand(world.config, run, "we want it")) if by_hand else (lambda: world.release(run))
+    with pytest.raises(DataError, match=r"criteria\.png: is not there, and belongs to the evidence of this version"):
+        roll_out()
+    assert not storage.exists(f"{run}/deploy/result.json")
+    assert live(world.config) == serves
     assert world.aliases["champion"] == champion
 
 

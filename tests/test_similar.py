@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,27 @@ from cv_factory_ops.records import DeployRecord, IndexRecord, TrainRecord
 from cv_factory_ops.serving.app import create_app
 from cv_factory_ops.stage import read_result, run_stage, training_of
 from domain_medical.finding import finding
-from domain_medical.synthetic import studies
+from domain_medical.synthetic import generate, studies
 from tests.bundles import free_port, wait_until
+from tests.conftest import TINY
 from tests.loop import Loop, finished_loop
 
+EFFUSION, CLEAR = "Small effusion on the left.", "Lungs are clear, heart is not enlarged."
 RETRIEVAL: dict[str, Any] = {"store": {"kind": "faiss", "index": {"kind": "flat"}}, "retriever": {"kind": "hybrid"}}
 
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    with finished_loop(tmp_path_factory.mktemp("similar"), retrieval=RETRIEVAL, gateway={"access": {"kind": "open"}}) as found:
+    """Its first image of every four has a report of an effusion, whatever its label; the others have one of none, or none."""
+    home = tmp_path_factory.mktemp("similar")
+    generate(home / "data", patients=60, image_size=48, seed=3, labels=TINY["labels"])
+    table = pd.read_csv(home / "data" / "labels.csv")
+    table["report"] = [(EFFUSION, CLEAR, "", CLEAR)[number % 4] for number in range(len(table))]
+    table.to_csv(home / "labels.csv", index=False)
+    (home / "data" / "labels.csv").unlink()
+    source = {"kind": "files", "path": str(home / "data"), "labels": str(home / "labels.csv")}
+    data, gateway = {"source": source, "report_column": "report"}, {"access": {"kind": "open"}}
+    with finished_loop(home, data=data, retrieval=RETRIEVAL, gateway=gateway) as found:
         yield found
 
 
@@ -169,6 +181,32 @@ def test_neighbours_are_of_different_patients_and_as_the_filter_wants_them(loop:
     assert not {"split", "position", "label"} & set(every[0].metadata)
 
 
+def test_words_of_reports_are_found_and_never_told(index: Index) -> None:
+    said = {item.id: item.text for item in index.store.items()}
+    assert {*said.values()} == {"Small effusion on the left", "Lungs are clear heart is not enlarged", ""}
+    vector = index.store.vectors([next(each for each, text in said.items() if not text)])[0]
+    before, found = index.similar(vector, 10), index.similar(vector, 10, text="effusion")
+    assert sum("effusion" in said[each.id] for each in found) > sum("effusion" in said[each.id] for each in before)
+    assert "effusion" in said[found[0].id]
+    assert "effusion" not in "".join(each.model_dump_json() for each in found)
+
+
+def test_a_text_needs_an_index_that_reads_words(loop: Loop, bundle: Bundle, index: Index) -> None:
+    with pytest.raises(Rejected, match="kind: hybrid"), dense(loop, bundle) as other:
+        other.similar(np.ones(16, np.float32), text="effusion")
+
+
+@contextmanager
+def dense(loop: Loop, bundle: Bundle) -> Iterator[Index]:
+    """The same index, searched by vectors alone."""
+    folder = shutil.copytree(loop.home / "runs" / "first" / "index" / "index", loop.home / "dense")
+    manifest = json.loads((folder / "index.json").read_text())
+    manifest["retrieval"]["retriever"] = {"kind": "dense"}
+    (folder / "index.json").write_text(json.dumps(manifest))
+    with Index.open(folder, bundle.digest) as found:
+        yield found
+
+
 def test_filters_are_read_as_people_write_them(index: Index) -> None:
     number = next(name for name, kind in index.manifest.metadata.items() if kind == "number" and name != "position")
     assert index.where([("label", "normal"), ("label", "opacity"), (number, "40..65")]) == {
@@ -196,6 +234,17 @@ def test_cvf_similar_tells_and_draws_the_neighbours_of_the_champion(loop: Loop, 
     assert drawn is not None
     assert drawn.shape[1] > 3 * drawn.shape[0] / 2
     assert drawn.std() > 10
+
+
+def test_cvf_similar_looks_for_words(loop: Loop, index: Index, tmp_path: Path) -> None:
+    (tmp_path / "study.dcm").write_bytes(study())
+    arguments = ["similar", str(tmp_path / "study.dcm"), "--config", str(loop.path), "--k", "1", "--text", "effusion left"]
+    done = loop.cvf(*arguments)
+    assert done.returncode == 0, done.stderr
+    [item] = index.store.get([done.stdout.splitlines()[-1].split()[-1]])
+    assert item is not None
+    assert item.text == "Small effusion on the left"
+    assert "effusion" not in done.stdout + done.stderr
 
 
 def test_cvf_similar_finds_an_indexed_image_first(loop: Loop, tmp_path: Path) -> None:
@@ -263,6 +312,14 @@ def test_the_container_answers_with_similar_studies_and_a_finding(container: Tes
     assert [len(ask(container, more).json()["similar"][0]) for more in ("similar", "similar=&label=normal")] == [5, 5]
 
 
+def test_the_container_looks_for_words(container: TestClient, index: Index) -> None:
+    answer = ask(container, "similar=1&text=effusion+left")
+    [item] = index.store.get([answer.json()["similar"][0][0]["id"]])
+    assert item is not None
+    assert item.text == "Small effusion on the left"
+    assert "effusion" not in answer.text
+
+
 def test_a_report_says_what_similar_patients_have(container: TestClient) -> None:
     report = pydicom.dcmread(io.BytesIO(ask(container, "similar=5", accept="application/dicom").content))
     said = json.dumps(report.to_json_dict())
@@ -293,7 +350,7 @@ def test_a_bundle_without_an_index_says_so(bundle: Bundle) -> None:
         assert (refused.status_code, refused.json()["code"]) == (400, "no_index")
 
 
-def test_the_gateway_answers_with_similar_studies(loop: Loop) -> None:
+def test_the_gateway_answers_with_similar_studies(loop: Loop, index: Index) -> None:
     from cv_factory_ops.gateway.app import create_app as create_gateway
 
     with TestClient(create_gateway(loop.config)) as client:
@@ -302,11 +359,16 @@ def test_the_gateway_answers_with_similar_studies(loop: Loop) -> None:
         assert found.status_code == 200, found.text
         assert [each["label"] for each in found.json()["similar"]] == ["opacity"] * 3
         assert "of 3 similar studies 3 have opacity" in found.json()["finding"]
+        [first] = client.post("/similar?k=1&text=effusion left, 4.5.2026", content=study(), headers=kind).json()["similar"]
+        [item] = index.store.get([first["id"]])
+        assert item is not None
+        assert item.text == "Small effusion on the left"
         for query, status, code in (
             ("k=0", 422, "invalid"),
             ("where=label", 400, "filter"),
             ("where=colour:red", 400, "filter"),
             (f"where=label:{'n' * 1100}", 400, "filter"),
+            (f"text={'n' * 501}", 422, "invalid"),
         ):
             refused = client.post(f"/similar?{query}", content=study(), headers=kind)
             assert (refused.status_code, refused.json()["code"]) == (status, code)

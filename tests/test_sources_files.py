@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -19,16 +20,17 @@ from pydicom.fileset import FileSet
 from cv_factory_ops import storage
 from cv_factory_ops.config import Decoding, ValidationConfig, as_uri, load
 from cv_factory_ops.domain import Decoded, pseudonym
-from cv_factory_ops.errors import DataError, Unavailable
+from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.ingestion.decode import decode
 from cv_factory_ops.ingestion.labels import read_labels
-from cv_factory_ops.ingestion.manifest import read_images, read_manifest
+from cv_factory_ops.ingestion.manifest import read_images, read_manifest, read_reports
 from cv_factory_ops.ingestion.sources.item import Item
 from cv_factory_ops.ingestion.validate import check, refusal
 from cv_factory_ops.records import IngestRecord
 from cv_factory_ops.stage import run_stage
 from domain_medical import DOMAIN
 from domain_medical.synthetic import studies
+from tests.conftest import TINY
 
 LABELS = ["normal", "opacity"]
 ODD = Path(__file__).parents[2] / "shared" / "data" / "dicom_odd"
@@ -217,6 +219,51 @@ class TestLabels:
         assert found
         assert (found.label, found.patient) == ("0", pseudonym("0", "patient"))
         assert table.of_file("/b") is None
+
+    @pytest.mark.parametrize("key", ["file", "study"])
+    def test_words_of_reports_are_kept_apart_from_the_manifest(
+        self, plain: Any, project: Project, home: Path, key: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        found, record = plain
+        rows = []
+        for name, (data, label) in found.items():
+            uid = str(pydicom.dcmread(io.BytesIO(data)).StudyInstanceUID)
+            said = "Small effusion, left; seen 12.3.2026 by tel. 555-0100 (MRN A77)." if name == "000.dcm" else ""
+            rows.append({key: name if key == "file" else uid, "label": label, "report": said})
+        write_table(home / "data.csv", rows)
+        with caplog.at_level(logging.DEBUG, logger="cvf"):
+            result = ingest(project(data=files(report_column="report")))
+        folder = home / "run" / "ingest"
+        assert read_reports(folder / "reports.parquet") == {"000.dcm": "Small effusion left seen by tel MRN"}
+        assert result.data_digest == record.data_digest
+        assert result.reports_digest
+        assert "effusion" not in caplog.text
+        assert [path.name for path in folder.iterdir() if b"effusion" in path.read_bytes()] == ["reports.parquet"]
+        assert "effusion" not in str(manifest(home).to_dict())
+
+    def test_no_report_is_read_where_no_column_is_named(self, plain: Any, project: Project, home: Path) -> None:
+        found, record = plain
+        rows = [{"file": name, "label": label, "report": "Effusion."} for name, (_, label) in found.items()]
+        write_table(home / "data.csv", rows)
+        assert ingest(project(data=files())) == record
+        assert not (home / "run" / "ingest" / "reports.parquet").exists()
+
+    @pytest.mark.parametrize(
+        ("named", "report", "reason"),
+        [
+            ("findings", "a", r"data\.csv: column findings is missing, which data\.report_column names"),
+            ("report", "effusion " * 3000, r"data\.csv: line 2: report has words of 26999 characters; allowed are 20000"),
+        ],
+    )
+    def test_unusable_reports(self, plain: Any, project: Project, home: Path, named: str, report: str, reason: str) -> None:
+        write_table(home / "data.csv", [{"file": "000.dcm", "label": "normal", "report": report}])
+        with pytest.raises(DataError, match=reason):
+            ingest(project(data=files(report_column=named)))
+
+    @pytest.mark.parametrize("data", [TINY["data"], files()])
+    def test_a_column_that_cannot_hold_reports_is_refused(self, project: Project, data: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match=r"data\.report_column"):
+            load(project(data={**data, "report_column": "patient"}))
 
 
 class TestNames:

@@ -17,6 +17,7 @@ from cv_factory_ops import storage
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import AzureDeploy, LocalDeploy, ProjectConfig, SageMakerDeploy, VertexDeploy
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
+from cv_factory_ops.evaluation.evidence import require_inputs
 from cv_factory_ops.features.index import require_made_for
 from cv_factory_ops.promotion import require_may_roll_out
 from cv_factory_ops.records import DeployRecord, IndexRecord, RegisterRecord
@@ -114,10 +115,12 @@ def run(stage: Stage) -> DeployRecord:
     """Roll the registered bundle out to the project's endpoint, with its index where the run has one, and wait until it serves.
 
     Raises:
-        DataError: the bundle is not the registered one, its container failed, or an alarm went off; the endpoint went back.
+        DataError: the bundle is not the registered one, or what its evidence is made of is missing: the endpoint was not asked;
+            its container failed, or an alarm went off: the endpoint went back.
         Unavailable: the service throttles, or the rollout takes longer than ``deploy.timeout``.
     """
     require_may_roll_out(stage)
+    require_inputs(stage)
     registered, name = stage.read(RegisterRecord), stage.config.endpoint_name
     with tempfile.TemporaryDirectory(dir=stage.out) as scratch:
         bundle = _with_index(stage, _registered_bundle(stage, registered), Path(scratch))

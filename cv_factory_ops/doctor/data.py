@@ -70,7 +70,7 @@ def labels(config: ProjectConfig) -> Iterator[Finding]:
     given = getattr(config.data.source, "labels", None)
     if not given or config.task == "segmentation":  # there the table names masks
         return
-    table = read_labels(_here(config, given), config.labels, open_domain(config.domain))
+    table = read_labels(_here(config, given), config.labels, open_domain(config.domain), config.data.report_column)
     yield ok("labels", f"{as_uri(given)}: {len(table.labels)} labels by {table.key}")
 
 

@@ -22,9 +22,18 @@ import yaml
 
 from cv_factory_ops import audit, protocol, storage
 from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.errors import DataError
 from cv_factory_ops.evaluation.cards import GALLERIES, NAMES, html, templates
 from cv_factory_ops.promotion import approval_of
-from cv_factory_ops.records import EvaluateRecord, EvidenceRecord, GateRecord, RegisterRecord
+from cv_factory_ops.records import (
+    EvaluateRecord,
+    EvidenceRecord,
+    GateRecord,
+    IngestRecord,
+    PreprocessRecord,
+    RegisterRecord,
+    TrainRecord,
+)
 from cv_factory_ops.registry import flat
 from cv_factory_ops.stage import read_result, record_digest
 
@@ -35,6 +44,7 @@ MODIFICATIONS, PROTOCOL, IMPACT = "1-description-of-modifications", "2-modificat
 SUMS = "SHA256SUMS"
 STAGES = ("ingest", "preprocess", "train", "evaluate", "gate", "register", "verify")
 """Stages whose records are part of it; so is that of ``index``, where it has run."""
+CARDS = tuple(f"evaluate/{name}.html" for name in NAMES)
 LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """Time of every file in the archive, the earliest that ZIP knows: what is the same shall give the same archive."""
 
@@ -72,6 +82,24 @@ def run(stage: Stage) -> EvidenceRecord:
     )
 
 
+def require_inputs(stage: Stage) -> None:
+    """What stage ``deploy`` asks before it touches the endpoint: that nothing is missing which the evidence will be made of, so
+    that no version is rolled out only to be put back for a file.
+
+    Raises:
+        DataError: a record or a file of the run is not there, or a record is of another version.
+    """
+    if stage.order and _has_kept(stage, _basis(stage)):
+        return
+    for record in (IngestRecord, PreprocessRecord, TrainRecord, EvaluateRecord, GateRecord, RegisterRecord):
+        stage.read(record)
+    approval_of(stage, stage.read(RegisterRecord))
+    for name in (*CARDS, *_proofs(stage.read(EvaluateRecord))):
+        if not storage.exists(f"{stage.run}/{name}"):
+            cure = f"run `cvf {name.partition('/')[0]} --force` with the same --config and --run first"
+            raise DataError(f"{stage.run}/{name}: is not there, and belongs to the evidence of this version; {cure}")
+
+
 def fingerprint(stage: Stage) -> str:
     """An approval that came later belongs into it. Decisions and history that came later do not: they had no part in it."""
     return record_digest(stage.run, "approve") if storage.exists(f"{stage.run}/approve/result.json") else ""
@@ -84,11 +112,15 @@ def _basis(stage: Stage) -> str:
 
 def _kept(stage: Stage, basis: str) -> EvidenceRecord | None:
     """What an earlier rollout of the same has left, its folder included; None where there is none."""
-    uri = f"{stage.run}/{stage.name}"
-    if not storage.exists(f"{uri}/result.json") or read_result(stage.run, stage.name).record.get("basis") != basis:
+    if not _has_kept(stage, basis):
         return None
-    shutil.copytree(stage.local(f"{uri}/bundle"), stage.out / "bundle")
+    shutil.copytree(stage.local(f"{stage.run}/{EvidenceRecord.stage}/bundle"), stage.out / "bundle")
     return stage.read(EvidenceRecord)
+
+
+def _has_kept(stage: Stage, basis: str) -> bool:
+    stored = f"{stage.run}/{EvidenceRecord.stage}/result.json"
+    return storage.exists(stored) and read_result(stage.run, EvidenceRecord.stage).record.get("basis") == basis
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -120,8 +152,8 @@ def _modifications(stage: Stage, folder: Path, before: audit.Entry | None, setti
         "digests": facts["digests"],
     }
     _write_json(folder / "modifications.json", told)
-    for name in NAMES:
-        _copy(stage, f"evaluate/{name}.html", folder)
+    for name in CARDS:
+        _copy(stage, name, folder)
     shutil.copyfile(stage.local(registered.bundle) / "bundle.json", folder / "bundle.json")
     return facts
 
@@ -133,8 +165,7 @@ def _impact(stage: Stage, folder: Path, before: audit.Entry | None) -> dict[str,
     with_index = ("index",) if storage.exists(f"{stage.run}/index/result.json") else ()
     for name in (*STAGES, *with_index):
         _write_json(folder / "records" / f"{name}.json", protocol.without_logins(read_result(stage.run, name).record))
-    plots = [uri.rsplit("/", 1)[1] for uri in evaluation.pictures]
-    for name in ("gate/criteria.json", "gate/criteria.png", *(f"evaluate/{plot}" for plot in plots if plot not in GALLERIES)):
+    for name in _proofs(evaluation):
         _copy(stage, name, folder)
     if approval:
         _write_json(folder / "approval.json", approval.model_dump(mode="json"))
@@ -145,6 +176,12 @@ def _impact(stage: Stage, folder: Path, before: audit.Entry | None) -> dict[str,
     history = [item["entry"] | {"digest": item["digest"]} for item in stored]
     _write_json(folder / "history.json", history)
     return {"gate": gate, "approval": approval, "decisions": decisions, "history": history, "impact": IMPACT}
+
+
+def _proofs(evaluation: EvaluateRecord) -> list[str]:
+    """Files of the run that show what the verdict rests on: criteria and plots."""
+    plots = [uri.rsplit("/", 1)[1] for uri in evaluation.pictures]
+    return ["gate/criteria.json", "gate/criteria.png", *(f"evaluate/{plot}" for plot in plots if plot not in GALLERIES)]
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:

@@ -29,6 +29,8 @@ MOST = 100
 """Similar studies that may be asked for at a time."""
 MOST_LOOKED_AT = 5000
 """Images that are looked at for them: so much work a request may cause."""
+TEXT = "text"
+"""Name of words to look for, beside the names of filters."""
 OWN: Mapping[str, Kind] = {
     "label": "category",
     "patient": "category",
@@ -99,17 +101,23 @@ class Index:
         where: Filter | None = None,
         metadata: Metadata | None = None,
         patient: str = "",
+        text: str = "",
     ) -> list[Neighbour]:
         """Those most like a vector (dimensions,), most similar first, one of each patient and none of ``patient``; ``k`` or,
-        without a number, ``retrieval.k``. A hybrid search looks for the words of the ``metadata`` as well.
+        without a number, ``retrieval.k``. A hybrid search looks for the words of the ``metadata`` and of the ``text`` as well.
 
         Where the ``MOST_LOOKED_AT`` most similar images are of so few patients, there are less.
+
+        Raises:
+            Rejected: code ``text``: a text is given, and the index compares vectors alone.
         """
+        if text and not self._retriever.reads_words:
+            raise Rejected("text", "this index is searched by vectors alone: a text needs `retriever: {kind: hybrid}`")
         wanted = k or self.manifest.retrieval.k
-        text = " ".join(value for value in (metadata or {}).values() if isinstance(value, str))
+        words = " ".join([*(value for value in (metadata or {}).values() if isinstance(value, str)), text])
         asked = 2 * wanted
         while True:
-            found = self._retriever.retrieve(Query(vector, text, where), asked)
+            found = self._retriever.retrieve(Query(vector, words.strip(), where), asked)
             kept = _one_a_patient(found, patient)
             if len(kept) >= wanted or len(found) < asked or asked >= MOST_LOOKED_AT:
                 return [_neighbour(match) for match in kept[:wanted]]

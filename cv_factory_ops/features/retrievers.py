@@ -60,6 +60,11 @@ class Retriever:
         self._encoder = load_encoder(reranker.path) if isinstance(reranker, CrossEncoderReranker) else None
         self._words = Words(store.items()) if isinstance(config.retriever, HybridRetriever) else None
 
+    @property
+    def reads_words(self) -> bool:
+        """Whether the text of a query has a say."""
+        return bool(self._words or self._encoder)
+
     def retrieve(self, query: Query, k: int) -> list[Match]:
         """The ``k`` most similar or, where the filter admits fewer, all; most similar first."""
         match self.config.reranker:

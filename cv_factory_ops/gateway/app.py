@@ -27,7 +27,7 @@ from cv_factory_ops import captures
 from cv_factory_ops.answers import Answer, ExplainedAnswer, SimilarAnswer
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.errors import CvFactoryError, Rejected
-from cv_factory_ops.features.index import MOST, filters
+from cv_factory_ops.features.index import MOST, TEXT, filters
 from cv_factory_ops.gateway.access import Gate, scheme
 from cv_factory_ops.gateway.endpoint import SERVING, Endpoint, Reply
 from cv_factory_ops.gateway.metrics import CONTENT_TYPE_LATEST, Metrics
@@ -43,6 +43,7 @@ from cv_factory_ops.gateway.schema import (
     Stored,
 )
 from cv_factory_ops.gateway.studies import Batches, Intake, Study, read_study, require_type
+from cv_factory_ops.ingestion.labels import report_words
 from cv_factory_ops.server import Refused, listen, run
 
 TOGETHER = 8
@@ -168,14 +169,15 @@ class _Gateway:
         answer = _understood(ExplainedAnswer, reply)
         return Explained(inference_id=inference_id, prediction=answer.predictions[0], bundle_digest=answer.bundle_digest)
 
-    async def similar(self, study: Study, k: int | None, where: list[str]) -> SimilarStudies:
-        """The answer with similar studies."""
+    async def similar(self, study: Study, k: int | None, where: list[str], text: str) -> SimilarStudies:
+        """The answer with similar studies; of the text nothing but words goes on, as captures keep what a request asks for."""
+        words = [(TEXT, words)] if (words := report_words(text)) else []
         try:
-            asked = urllib.parse.urlencode([("similar", str(k or "")), *filters(where)])
+            asked = urllib.parse.urlencode([("similar", str(k or "")), *words, *filters(where)])
         except Rejected as error:
             raise Refused(400, error.code, str(error)) from None
         if len(asked) > LONGEST_ATTRIBUTES:
-            raise Refused(400, "filter", f"the filters take {len(asked)} characters; allowed are {LONGEST_ATTRIBUTES}")
+            raise Refused(400, "filter", f"filters and text take {len(asked)} characters; allowed are {LONGEST_ATTRIBUTES}")
         inference_id, reply = await self.ask(study, more=asked)
         answer = _understood(SimilarAnswer, reply)
         return SimilarStudies(
@@ -257,10 +259,11 @@ def _add_routes(app: FastAPI, gateway: _Gateway, config: ProjectConfig) -> None:
         request: Request,
         k: Annotated[int | None, Query(ge=1, le=MOST)] = None,
         where: Annotated[list[str] | None, Query(max_length=10)] = None,
+        text: Annotated[str, Query(max_length=500)] = "",
     ) -> SimilarStudies:
         """The answer with the studies that are most like this one, one of each patient; `where=label:normal` and the like
-        narrow them down."""
-        return await gateway.similar(await read_study(request, limits.max_bytes), k, where or [])
+        narrow them down; a hybrid search looks for the words of `text` as well, which must identify nobody."""
+        return await gateway.similar(await read_study(request, limits.max_bytes), k, where or [], text)
 
     @app.post(
         "/feedback",
@@ -341,7 +344,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - what it is registered for
     first = error.errors()[0]
     place = ".".join(
-        str(part) for part in first["loc"][:2] if part in {"body", "query", "header", "labels", "method", "k", "where"}
+        str(part) for part in first["loc"][:2] if part in {"body", "query", "header", "labels", "method", "k", "where", "text"}
     )
     return refusal(Refused(422, "invalid", f"{place}: {first['type'].replace('_', ' ')}"))
 

@@ -15,7 +15,7 @@ from cv_factory_ops.config import NpzSource
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion import sources, splits
 from cv_factory_ops.ingestion.labels import UNLABELLED
-from cv_factory_ops.ingestion.manifest import Refusal, Row, write_manifest, write_quarantine
+from cv_factory_ops.ingestion.manifest import Refusal, Row, write_manifest, write_quarantine, write_reports
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.ingestion.readers import read_all
 from cv_factory_ops.ingestion.validate import Validated, Validation
@@ -28,7 +28,7 @@ log = logging.getLogger("cvf")
 
 
 def run(stage: Stage) -> IngestRecord:
-    """Write ``manifest.parquet``, ``pixels-*.bin`` and ``quarantine.jsonl``.
+    """Write ``manifest.parquet``, ``pixels-*.bin`` and ``quarantine.jsonl``; where reports are asked for, ``reports.parquet``.
 
     Raises:
         DataError: the source is unusable, too much of it was refused, or it cannot be split without leakage.
@@ -51,7 +51,8 @@ def run(stage: Stage) -> IngestRecord:
     _keep_splits(stage, new)
     write_manifest(stage.out, rows, stage.domain.metadata)
     write_quarantine(stage.out / "quarantine.jsonl", refusals)
-    return _record(rows, refusals)
+    reports = write_reports(stage.out, rows) if stage.config.data.report_column else ""
+    return _record(rows, refusals, reports)
 
 
 def fingerprint(stage: Stage) -> str:
@@ -104,7 +105,7 @@ def _labelled(stage: Stage, opened: sources.Opened) -> Iterator[Row | Refusal]:
             elif opened.table and (found := opened.table.of_row(row)):
                 used.add(found.line)
                 label = stage.config.labels.index(found.label)
-                yield replace(row, label=label, patient=found.patient or row.patient)
+                yield replace(row, label=label, patient=found.patient or row.patient, report=found.report)
             else:
                 yield row if data.unlabelled == "keep" else Refusal(row.id, *UNLABELLED)
     if opened.table:
@@ -156,7 +157,7 @@ def _locked(stage: Stage) -> list[str]:
         raise DataError(f"{uri}: is not a list of the locked test set's digests") from None
 
 
-def _record(rows: Sequence[Row], refusals: Sequence[Refusal]) -> IngestRecord:
+def _record(rows: Sequence[Row], refusals: Sequence[Refusal], reports_digest: str) -> IngestRecord:
     counts = dict(sorted(Counter(row.split for row in rows).items()))
     summary = f"{len(rows)} images: " + ", ".join(f"{split} {count}" for split, count in counts.items())
     captured = [row for row in rows if row.source == "capture"]
@@ -180,6 +181,7 @@ def _record(rows: Sequence[Row], refusals: Sequence[Refusal]) -> IngestRecord:
         pseudo_labels=pseudo,
         data_digest=splits.data_digest(rows),
         test_digest=splits.test_digest(row.digest for row in rows if row.split == "test"),
+        reports_digest=reports_digest,
     )
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import posixpath
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from cv_factory_ops.ingestion.sources.item import Item
 Key = Literal["file", "study", "instance"]
 KEYS: tuple[Key, ...] = ("file", "study", "instance")
 COLUMNS = "label, one of file, study, instance, and optionally patient"
+LONGEST_REPORT = 20_000
+"""Characters of a report's words: what every store takes with an item."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Label:
     label: str
     patient: str
     """Pseudonym, or empty."""
+    report: str = ""
+    """Words, see :func:`report_words`; empty where there is none, or none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,20 @@ def label_files(items: Iterable[Item | Refusal], table: LabelTable, *, keep: boo
         if isinstance(item, Refusal):
             yield item
         elif found:
-            yield replace(item, label=found.label, patient=found.patient or item.patient)
+            yield replace(item, label=found.label, patient=found.patient or item.patient, report=found.report)
         else:
             yield item if keep else Refusal(item.id, *UNLABELLED)
     yield from table.unused(used)
 
 
-def read_labels(uri: str, allowed: list[str], domain: Domain) -> LabelTable:
-    """Read a table of labels; messages name lines, not cells, which may identify.
+def report_words(text: str) -> str:
+    """Its words in their order, without whatever has a digit in it: dates, telephone numbers, identifiers. **Names stay**: who
+    writes the table takes them out."""
+    return " ".join(word for word in re.findall(r"\w+", text) if word.isalpha())
+
+
+def read_labels(uri: str, allowed: list[str], domain: Domain, report_column: str | None = None) -> LabelTable:
+    """Read a table of labels, and reports where a column is named; messages name lines, not cells, which may identify.
 
     Raises:
         DataError: it is not there, or is not such a table.
@@ -93,6 +104,8 @@ def read_labels(uri: str, allowed: list[str], domain: Domain) -> LabelTable:
     if key is None or "label" not in columns:
         lacking = [*(["label"] if "label" not in columns else []), *([] if key else ["file, study or instance"])]
         raise DataError(f"{uri}: column {' and '.join(lacking)} is missing; needed: {COLUMNS}")
+    if report_column and report_column not in columns:
+        raise DataError(f"{uri}: column {report_column} is missing, which data.report_column names")
     table: dict[str, Label] = {}
     for line, row in rows:
         name, label, patient = (_text(row.get(column), f"{uri}: line {line}: {column}") for column in (key, "label", "patient"))
@@ -103,7 +116,8 @@ def read_labels(uri: str, allowed: list[str], domain: Domain) -> LabelTable:
             raise DataError(f"{uri}: line {line}: the label is none of those allowed: {', '.join(allowed)}")
         if name in table:
             raise DataError(f"{uri}: line {line}: this {key} has a row already")
-        found = Label(line, label, pseudonym(patient, "patient") if patient else "")
+        report = _report(row.get(report_column), f"{uri}: line {line}: {report_column}") if report_column else ""
+        found = Label(line, label, pseudonym(patient, "patient") if patient else "", report)
         table[name] = found
         if key != "file":
             table.setdefault(domain.remapped(name), found)
@@ -129,6 +143,13 @@ def read_files(uri: str) -> dict[str, dict[str, str]]:
             raise DataError(f"{uri}: line {line}: the mask lies outside of the folder of masks")
         table[name] = {"mask": mask, "patient": cells["patient"]}
     return table
+
+
+def _report(cell: Any, place: str) -> str:
+    words = report_words(_text(cell, place))
+    if len(words) > LONGEST_REPORT:
+        raise DataError(f"{place} has words of {len(words)} characters; allowed are {LONGEST_REPORT}")
+    return words
 
 
 def _text(cell: Any, place: str) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_factory_ops import storage
 from cv_factory_ops.domain import Kind, Metadata
 from cv_factory_ops.ingestion.pixels import Place, read_pixels
 
@@ -27,6 +28,7 @@ GROUP = 64
 """Images that are read at a time."""
 TOGETHER = 2048
 """Rows that are written at a time."""
+REPORTS = "reports.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class Row:
     """Index of the label that is the champion's answer and nobody else's; -1 everywhere else. Such images only train."""
     mask: StoredMask | None = None
     """Of a segmentation."""
+    report: str = ""
+    """Words of its report; kept apart from the manifest, see :func:`write_reports`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def write_manifest(folder: Path, rows: Sequence[Row], metadata: Mapping[str, Kin
     import pyarrow.parquet as pq
 
     kinds = {"str": pa.string(), "int": pa.int32(), "float | None": pa.float64()}
-    plain = {field.name: kinds[str(field.type)] for field in fields(Row) if str(field.type) in kinds}
+    plain = {field.name: kinds[str(field.type)] for field in fields(Row) if str(field.type) in kinds and field.name != "report"}
     schema = [pa.field(name, kind) for name, kind in plain.items()]
     schema += [pa.field("file", pa.string()), pa.field("offset", pa.int64()), pa.field("bytes", pa.int64())]
     if any(row.mask for row in rows):
@@ -121,6 +125,26 @@ def _mask_columns(mask: StoredMask | None) -> dict[str, Any]:
     if mask is None:
         return {}
     return {"mask_offset": mask.place.offset, "mask_bytes": mask.place.bytes, "mask_digest": mask.digest}
+
+
+def write_reports(folder: Path, rows: Iterable[Row]) -> str:
+    """Write ``reports.parquet``, ids and words of the images that have a report; returns its SHA-256.
+
+    A file of its own, which only the index reads: nothing that trains or measures is given what people wrote.
+    """
+    import pandas as pd
+
+    said = sorted((row.id, row.report) for row in rows if row.report)
+    pd.DataFrame(said, columns=["id", "words"], dtype="string").to_parquet(folder / REPORTS, index=False)
+    return storage.sha256(folder / REPORTS)
+
+
+def read_reports(path: Path) -> dict[str, str]:
+    """By id: the words of the reports."""
+    import pandas as pd
+
+    table = pd.read_parquet(path)
+    return dict(zip(table["id"], table["words"], strict=True))
 
 
 def write_quarantine(path: Path, refusals: Iterable[Refusal]) -> None:

@@ -100,6 +100,7 @@ class Validated:
             metadata=image.metadata,
             pseudo=labels.index(item.pseudo) if item.pseudo else -1,
             mask=mask,
+            report=item.report,
         )
 
 

@@ -205,7 +205,7 @@ class Container:
             index = self._opened_index()
             where, vectors = index.where(wanted.filters), self.predictor.vectors(embedding, index.manifest.retrieval.vector)
             similar = [
-                index.similar(vector, wanted.k, where, given.metadata, given.patient)
+                index.similar(vector, wanted.k, where, given.metadata, given.patient, wanted.text)
                 for vector, given in zip(vectors, inputs, strict=True)
             ]
         except (Unavailable, ConfigError) as error:  # its line names places

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from cv_factory_ops.config import EXPLANATIONS, Decoding, ExplanationMethod
 from cv_factory_ops.domain import Decoded, Domain
 from cv_factory_ops.errors import Rejected
-from cv_factory_ops.features.index import MOST
+from cv_factory_ops.features.index import MOST, TEXT
 from cv_factory_ops.ingestion.decode import PICTURES, decode_one, instances
 from cv_factory_ops.server import LARGEST_BODY, Refused, read_body
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 IMAGES = (*PICTURES, "application/x-npy")
-ALLOWED = ", ".join([*(f"explain={name}" for name in EXPLANATIONS), "similar=5, with filters as in similar=5&label=normal"])
+ALLOWED = ", ".join(
+    [
+        *(f"explain={name}" for name in EXPLANATIONS),
+        "similar=5, with filters and words as in similar=5&label=normal&text=left+effusion",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Similar:
     """None: as many as the index gives by default."""
     filters: tuple[tuple[str, str], ...]
     """Names and values, see :meth:`cv_factory_ops.features.index.Index.where`."""
+    text: str = ""
+    """Words that a hybrid search looks for as well."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +92,15 @@ def _attributes(given: str) -> tuple[ExplanationMethod | None, Similar | None]:
         case "explain" if value in EXPLANATIONS and not filters:
             return EXPLANATIONS[value], None
         case "similar" if not value:
-            return None, Similar(None, tuple(filters))
+            return None, _similar(None, filters)
         case "similar" if value.isdecimal() and len(value) <= 3 and 1 <= int(value) <= MOST:
-            return None, Similar(int(value), tuple(filters))
+            return None, _similar(int(value), filters)
     raise Refused(400, "custom_attributes", f"custom attributes {given[:80]!r} given; allowed: {ALLOWED}")
+
+
+def _similar(k: int | None, more: Sequence[tuple[str, str]]) -> Similar:
+    text = " ".join(value for name, value in more if name == TEXT)
+    return Similar(k, tuple(pair for pair in more if pair[0] != TEXT), text)
 
 
 def decoded(part: Part, domain: Domain, decoding: Decoding) -> list[Decoded]:

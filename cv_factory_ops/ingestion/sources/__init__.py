@@ -66,7 +66,7 @@ def open_base(stage: Stage, *, with_labels: bool = True) -> Opened:
         return replace(opened, items=masks.given_to(opened.items)) if with_labels else opened
     if not with_labels or not table_uri:
         return opened
-    table = read_labels(table_uri, stage.config.labels, stage.domain)
+    table = read_labels(table_uri, stage.config.labels, stage.domain, stage.config.data.report_column)
     if table.key == "file":
         keep = stage.config.data.unlabelled == "keep"
         return replace(opened, items=label_files(opened.items, table, keep=keep))

@@ -43,6 +43,8 @@ class Item:
     """Of a segmentation: where the classes of its pixels lie."""
     review: str = ""
     """Why a person should look at it: codes of the domain's de-identification, by commas."""
+    report: str = ""
+    """Words of its report."""
 
 
 @dataclass(frozen=True)
