@@ -1,4 +1,5 @@
-"""Where the pixels of the model's input lie in the image: what takes a mask the same way as its image, and an answer back."""
+"""Where the pixels of the model's input lie in the image: what takes masks and boxes the same way as their image, and answers
+back."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from cv_factory_ops.config import (
     Step,
 )
 from cv_factory_ops.errors import Rejected
+from cv_factory_ops.ingestion.manifest import Boxes as Boxes
 
 Spacing = tuple[float, float] | None
 """Distance of neighbouring rows and of neighbouring columns in mm, where it is known."""
@@ -141,6 +143,30 @@ class Geometry:
     def restore(self, answer: Mask) -> Mask:
         """A mask of the model's input as one of the image, by the nearest pixel; 0 where the model has not looked."""
         return _picked(answer, self.rows.targets(self.shape[0]), self.columns.targets(self.shape[1]))
+
+    def prepare_boxes(self, boxes: Boxes) -> Boxes:
+        """The boxes of the image as those of the model's input, cut where that ends; without those whose middle it does not
+        show."""
+        left, top, right, bottom = boxes[:, 1:5].T
+        seen = self._moved(boxes)
+        across, down = (
+            (middle - axis.begin) / axis.step / axis.count
+            for middle, axis in (((left + right) / 2, self.columns), ((top + bottom) / 2, self.rows))
+        )
+        return seen[(across >= 0) & (across < 1) & (down >= 0) & (down < 1)]
+
+    def restore_boxes(self, boxes: Boxes) -> Boxes:
+        """Boxes of the model's input as those of the image, cut where that ends; without those that lie in padding."""
+        found, (rows, columns) = boxes.copy(), self.shape
+        for first, axis, length in ((1, self.columns, columns), (2, self.rows, rows)):
+            found[:, [first, first + 2]] = (axis.begin + boxes[:, [first, first + 2]] * axis.step).clip(0, length)
+        return found[(found[:, 3:5] > found[:, 1:3]).all(1)]
+
+    def _moved(self, boxes: Boxes) -> Boxes:
+        found = boxes.copy()
+        for first, axis in ((1, self.columns), (2, self.rows)):
+            found[:, [first, first + 2]] = ((boxes[:, [first, first + 2]] - axis.begin) / axis.step).clip(0, axis.count)
+        return found
 
 
 def _picked(mask: Mask, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Mask:
