@@ -6,6 +6,7 @@ first pixel reaches from 0 to 1; one that was found has its score besides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ MOST = 100
 """Boxes of an image that are kept, as COCO counts them."""
 CANDIDATES = 1000
 """Those of the greatest scores that overlaps are looked for among."""
-LARGEST = float(np.log(1000 / 16))
+LARGEST = math.log(1000 / 16)
 """Logarithm of how many times a box may be as long as its anchor: an untrained network must not overflow."""
 OVERLAPS = (0.3, 0.4, 0.5, 0.6, 0.7)
 """Intersection over union above which the lesser of two boxes goes: those that validation chooses from."""
@@ -54,7 +55,7 @@ def anchors(config: RetinaNet, size: int) -> NDArray[np.float32]:
 
 def size_of(config: RetinaNet, count: int) -> int:
     """Rows and columns of the model's input that has as many anchors."""
-    return round((count / sum(stride**-2 for stride in config.strides)) ** 0.5)
+    return round(math.sqrt(count / sum(1 / stride**2 for stride in config.strides)))
 
 
 def candidates(output: NDArray[np.float32], squares: NDArray[np.float32], size: int) -> Found:

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from cv_factory_ops.detection import THRESHOLDS, Curves
+from cv_factory_ops.evaluation.mask_pictures import STYLES
 from cv_factory_ops.evaluation.pictures import COLOURS, GALLERY, class_colour, finish, show
 from cv_factory_ops.preprocessing.shards import Images
 
@@ -69,6 +70,3 @@ def errors(judged: JudgedBoxes, images: Images, places: Sequence[Geometry]) -> F
     figure.legend(handles=handles[: len(COLOURS) + 2], loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.suptitle(f"Locked test set, {len(judged)} images: those with the worst mistakes", x=0.01, ha="left", fontsize=11)
     return figure
-
-
-STYLES = {"solid": "truth", "dashed": "answer"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -64,8 +64,8 @@ class JudgedBoxes:
     def only(self, rows: Mask) -> JudgedBoxes:
         """Some of them."""
         chosen = np.flatnonzero(rows)
-        kept = {name: [getattr(self, name)[i] for i in chosen] for name in ("truths", "found", "matches")}
-        return replace(self, labels=self.labels[rows], patients=self.patients[rows], **kept)
+        truths, found, matches = ([column[i] for i in chosen] for column in (self.truths, self.found, self.matches))
+        return JudgedBoxes(self.labels[rows], truths, found, matches, self.patients[rows], self.manifest)
 
     def sampled(self, weights: Weights) -> dict[str, Values]:
         """(B,) each metric in each sample: those of ``MEASURES``, and of more than one category ``map`` of each as well."""
@@ -115,7 +115,7 @@ def matches_of(truths: Sequence[Boxes], found: Sequence[Found], classes: int) ->
     return [matched(truth, boxes, classes) for truth, boxes in zip(truths, found, strict=True)]
 
 
-def sampled(rows: pd.DataFrame, who: str, weights: Weights) -> Mapping[str, Values]:
+def sampled(rows: pd.DataFrame, who: str, weights: Weights) -> dict[str, Values]:
     """(B,) each of ``MEASURES`` in each sample; ``weights``: (B, N)."""
     truths, found = boxes_of(rows, who)
     classes = 1 + int(max((boxes[:, 0].max(initial=0) for boxes in (*truths, *found)), default=0))

@@ -147,26 +147,21 @@ class Geometry:
     def prepare_boxes(self, boxes: Boxes) -> Boxes:
         """The boxes of the image as those of the model's input, cut where that ends; without those whose middle it does not
         show."""
-        left, top, right, bottom = boxes[:, 1:5].T
-        seen = self._moved(boxes)
-        across, down = (
-            (middle - axis.begin) / axis.step / axis.count
-            for middle, axis in (((left + right) / 2, self.columns), ((top + bottom) / 2, self.rows))
-        )
-        return seen[(across >= 0) & (across < 1) & (down >= 0) & (down < 1)]
+        found, is_shown = boxes.copy(), np.ones(len(boxes), bool)
+        for sides, axis in (([1, 3], self.columns), ([2, 4], self.rows)):
+            moved = (boxes[:, sides] - axis.begin) / axis.step
+            is_shown &= (moved.mean(1) >= 0) & (moved.mean(1) < axis.count)
+            found[:, sides] = moved.clip(0, axis.count)
+        shown: Boxes = found[is_shown]
+        return shown
 
     def restore_boxes(self, boxes: Boxes) -> Boxes:
         """Boxes of the model's input as those of the image, cut where that ends; without those that lie in padding."""
         found, (rows, columns) = boxes.copy(), self.shape
-        for first, axis, length in ((1, self.columns, columns), (2, self.rows, rows)):
-            found[:, [first, first + 2]] = (axis.begin + boxes[:, [first, first + 2]] * axis.step).clip(0, length)
-        return found[(found[:, 3:5] > found[:, 1:3]).all(1)]
-
-    def _moved(self, boxes: Boxes) -> Boxes:
-        found = boxes.copy()
-        for first, axis in ((1, self.columns), (2, self.rows)):
-            found[:, [first, first + 2]] = ((boxes[:, [first, first + 2]] - axis.begin) / axis.step).clip(0, axis.count)
-        return found
+        for sides, axis, length in (([1, 3], self.columns, columns), ([2, 4], self.rows, rows)):
+            found[:, sides] = (axis.begin + boxes[:, sides] * axis.step).clip(0, length)
+        inside: Boxes = found[(found[:, 3:5] > found[:, 1:3]).all(1)]
+        return inside
 
 
 def _picked(mask: Mask, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Mask:

@@ -111,7 +111,9 @@ def _boxes(
         [detection.matched(truth, boxes, classes) for truth, boxes in zip(truths, found, strict=True)], classes
     )
     places = geometries(rows, assignment.config.preprocessing)
-    answers = [{**detection.told(place.restore_boxes(boxes), threshold)} for place, boxes in zip(places, found, strict=True)]
+    answers = list[dict[str, str | float]]()
+    for place, boxes in zip(places, found, strict=True):
+        answers.append({**detection.told(place.restore_boxes(boxes), threshold)})
     return overlap, threshold, answers, np.concatenate(embeddings)
 
 
