@@ -40,7 +40,7 @@ def precision_recall(rivals: Mapping[str, JudgedBoxes]) -> Figure:
         axes.set_xlim(-0.01, 1.01)
         axes.set_ylim(-0.01, 1.01)
         finish(axes, f"{name}: {int(curves.truths.sum())} boxes in {len(first)} images", "recall", "precision")
-        axes.legend(loc="lower left", frameon=False, fontsize=8)
+        axes.legend(loc="upper right", frameon=False, fontsize=8)
     return figure
 
 

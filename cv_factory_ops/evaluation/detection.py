@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -64,8 +64,14 @@ class JudgedBoxes:
     def only(self, rows: Mask) -> JudgedBoxes:
         """Some of them."""
         chosen = np.flatnonzero(rows)
-        truths, found, matches = ([column[i] for i in chosen] for column in (self.truths, self.found, self.matches))
-        return JudgedBoxes(self.labels[rows], truths, found, matches, self.patients[rows], self.manifest)
+        return replace(
+            self,
+            labels=self.labels[rows],
+            truths=[self.truths[i] for i in chosen],
+            found=[self.found[i] for i in chosen],
+            matches=[self.matches[i] for i in chosen],
+            patients=self.patients[rows],
+        )
 
     def sampled(self, weights: Weights) -> dict[str, Values]:
         """(B,) each metric in each sample: those of ``MEASURES``, and of more than one category ``map`` of each as well."""
