@@ -25,7 +25,7 @@ FLOOR = 0.05
 """Score below which a box is not even measured (Lin et al. 2017)."""
 MOST = 100
 """Boxes of an image that are kept, as COCO counts them."""
-CANDIDATES = 1000
+CANDIDATES = 400
 """Those of the greatest scores that overlaps are looked for among."""
 LARGEST = math.log(1000 / 16)
 """Logarithm of how many times a box may be as long as its anchor: an untrained network must not overflow."""

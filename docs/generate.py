@@ -114,9 +114,10 @@ def _type(field: FieldInfo) -> str:
     text = name.replace("typing.", "").replace("NoneType", "null").replace("None", "null").replace("|", "or")
     if "Literal" in text:
         text = " or ".join(f"`{choice}`" for choice in get_args(field.annotation))
-    if get_origin(field.annotation) is tuple and "Annotated" in text:
+    if "Annotated" in text:  # which tells its code
         elements = get_args(field.annotation)
-        text = " ".join([f"{len(elements)} numbers", *_limits(get_args(elements[0])[1])])
+        is_tuple = get_origin(field.annotation) is tuple
+        text = " ".join([f"{len(elements)} numbers", *_limits(get_args(elements[0])[1])]) if is_tuple else "dict[str, str]"
     return " ".join([text, *_limits(field)])
 
 

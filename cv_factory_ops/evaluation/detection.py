@@ -63,7 +63,7 @@ class JudgedBoxes:
 
     def only(self, rows: Mask) -> JudgedBoxes:
         """Some of them."""
-        chosen = np.flatnonzero(rows)
+        chosen = np.flatnonzero(rows).tolist()
         return replace(
             self,
             labels=self.labels[rows],
