@@ -45,6 +45,30 @@ class SegmentedPrediction(Prediction):
     """PNG of 8 bits grey, base64, of the image's rows and columns: the value of a pixel is the number of its class."""
 
 
+class FoundBox(Frozen):
+    """Where something is in an image, in pixels from its upper left corner: the first pixel reaches from 0 to 1."""
+
+    label: str
+    score: float
+    """0..1; not calibrated."""
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class DetectedPrediction(Prediction):
+    """The boxes in one image.
+
+    ``label`` is that of the box with the greatest score, or the first label where there is no box; ``score`` the greatest score
+    of any box, also of those below the bundle's threshold, which are not answered; ``scores`` that of each label, and of the
+    first label 1 less ``score``.
+    """
+
+    boxes: list[FoundBox]
+    """Of at least the bundle's threshold, the greatest score first."""
+
+
 class Neighbour(Frozen):
     """A study that another one is like; pseudonyms stand for who it is."""
 
@@ -60,17 +84,20 @@ class Neighbour(Frozen):
     metadata: dict[str, str | float]
 
 
+AnyPrediction = DetectedPrediction | SegmentedPrediction | Prediction
+
+
 class Answer(Frozen):
     """The body of a response of ``/invocations``."""
 
-    predictions: list[SegmentedPrediction | Prediction]
+    predictions: list[AnyPrediction]
     bundle_digest: str
 
 
 class SimilarAnswer(Frozen):
     """The body of a response that came with similar studies."""
 
-    predictions: list[SegmentedPrediction | Prediction]
+    predictions: list[AnyPrediction]
     bundle_digest: str
     similar: list[list[Neighbour]]
     """Of each prediction, most similar first."""

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import AnyModel, Decoding, Embedding, ModelEmbedding, PreprocessingConfig, Unet
+from cv_factory_ops.config import AnyModel, Decoding, Embedding, ModelEmbedding, PreprocessingConfig, RetinaNet, TaskName, Unet
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.records import Frozen
@@ -57,7 +57,10 @@ class BundleManifest(Frozen):
     """Mean intensity of the training images, 0..1; also a buffer of the weights."""
     std: float
     threshold: float
-    """Score of the positive class from which the answer is positive (two classes); chosen on validation."""
+    """Score of the positive class from which the answer is positive (two classes), of a detection that from which a box is
+    answered; chosen on validation."""
+    overlap: float | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Of a detection: intersection over union above which the lesser of two boxes goes; chosen on validation."""
     temperature: float = 1.0
     """What the network's outputs are divided by; fitted on validation."""
     abstention: float = 0.0
@@ -70,9 +73,15 @@ class BundleManifest(Frozen):
     git_sha: str
 
     @property
-    def task(self) -> Literal["classification", "segmentation"]:
-        """What the network answers for: an image, or each of its pixels."""
-        return "segmentation" if isinstance(self.model, Unet) else "classification"
+    def task(self) -> TaskName:
+        """What the network answers for: an image, each of its pixels, or boxes in it."""
+        match self.model:
+            case Unet():
+                return "segmentation"
+            case RetinaNet():
+                return "detection"
+            case _:
+                return "classification"
 
     @property
     def channels(self) -> int:

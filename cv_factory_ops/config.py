@@ -17,7 +17,7 @@ import re
 import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, assert_never
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -27,6 +27,7 @@ from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.records import Frozen
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 Text = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) in {int, float} else given)]
 """A string that YAML may take for a number: ``cpu: 16``."""
@@ -58,10 +59,14 @@ class FileSource(Frozen):
     labels: str | None = None
     """Table of labels, see ``docs/sources.md``: CSV, or JSON (a list of objects), with ``label`` (one of ``labels`` of the
     project), one of ``file`` (path below ``path``), ``study`` and ``instance`` (DICOM UIDs), and optionally ``patient``. A
-    segmentation needs none, or one with ``file``, and ``mask`` or ``patient`` or both."""
+    segmentation needs none, or one with ``file``, and ``mask`` or ``patient`` or both; a detection none, or one with ``file``
+    and ``patient``."""
     masks: str | None = None
     """Of a segmentation: directory or ``s3://bucket/prefix`` with a mask for each image, of the same relative path but for its
     ending (``.png``, ``.npy``, or the domain's own); paths of the column ``mask`` are relative to it, or to ``path``."""
+    boxes: str | None = None
+    """Of a detection: JSON of annotations in the format of COCO, see ``docs/sources.md``; its ``file_name`` are paths below
+    ``path``. Images without a box are there to learn that nothing is."""
 
 
 class NpzSource(Frozen):
@@ -210,6 +215,8 @@ class VideoSource(Frozen):
     timeout: float = Field(default=10, gt=0)
     """Seconds without a frame after which a stream counts as dropped."""
 
+
+TaskName = Literal["classification", "segmentation", "detection"]
 
 Source = Annotated[
     PhantomSource
@@ -544,7 +551,33 @@ class Unet(_Network):
         return 2 * self.factor
 
 
-Model = Annotated[SmallCnn | ResNet | DenseNet | EfficientNet | Vit | Unet, Field(discriminator="kind")]
+class RetinaNet(_Network):
+    """RetinaNet of MONAI (Lin et al. 2017): a ResNet with a feature pyramid that answers with boxes, where ``task`` is
+    ``detection``."""
+
+    kind: Literal["retinanet"] = "retinanet"
+    depth: Literal[10, 18, 34, 50] = 18
+    """Of the ResNet."""
+    width: int = Field(default=64, ge=8, le=128, multiple_of=8)
+    """Channels of the ResNet's first stage, 64 in the paper, each further stage doubles them; the pyramid has four times as
+    many."""
+    small_input: bool = True
+    """Keep the resolution in the stem: boxes are then looked for every 2, 4 and 8 pixels, without it every 8, 16 and 32."""
+    anchors: tuple[Positive, Positive, Positive] = (8, 16, 32)
+    """Side of the square that boxes are told from, in pixels of the model's input, one for each of these three resolutions:
+    about those of small, middling and large boxes."""
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Pixels of the model's input between two anchors, of each resolution."""
+        return (2, 4, 8) if self.small_input else (8, 16, 32)
+
+    @property
+    def least_size(self) -> int:
+        return 2 * self.strides[-1]
+
+
+Model = Annotated[SmallCnn | ResNet | DenseNet | EfficientNet | Vit | Unet | RetinaNet, Field(discriminator="kind")]
 
 
 class Member(Frozen):
@@ -1042,7 +1075,7 @@ class SubgroupRule(Frozen):
     """What every group of the locked test set must reach that has ``evaluation.minimum`` patients; a smaller one is named, not
     judged."""
 
-    metric: Literal["auc", "accuracy", "sensitivity", "specificity", "dice"] = "auc"
+    metric: Literal["auc", "accuracy", "sensitivity", "specificity", "dice", "map"] = "auc"
     minimum: Share = 0.0
     """Smallest value of the metric in each group."""
     margin: Share = 1.0
@@ -1064,8 +1097,8 @@ class ApprovalConfig(Frozen):
 class GateConfig(Frozen):
     """What a challenger must reach on the locked test set before it may be registered."""
 
-    metric: Literal["auc", "accuracy", "dice"] = "auc"
-    """``dice`` where ``task`` is ``segmentation``, and only there."""
+    metric: Literal["auc", "accuracy", "dice", "map"] = "auc"
+    """``dice`` where ``task`` is ``segmentation``, ``map`` where it is ``detection``, and only there."""
     minimum: Share = 0.8
     """Smallest value of the metric."""
     margin: Share = 0.02
@@ -1375,7 +1408,8 @@ class GoldenConfig(Frozen):
     studies: int = Field(default=8, ge=0, le=100)
     """How many, drawn once for each bundle; 0 asks for the bundle's digest only."""
     tolerance: float = Field(default=0.001, gt=0, lt=1)
-    """Largest difference of a probability; of a segmentation, largest share of an image's pixels that are of another class."""
+    """Largest difference of a probability, of a detection of a label's greatest score; of a segmentation, largest share of an
+    image's pixels that are of another class."""
 
 
 class _Deploy(Frozen):
@@ -2116,11 +2150,13 @@ class ProjectConfig(Frozen):
     """Name of the project; its DAGs are ``<project>_training`` and so on, its endpoint ``<project>`` with hyphens."""
     domain: str = "medical"
     """Entry point of the group ``cv_factory_ops.domains``."""
-    task: Literal["classification", "segmentation"] = "classification"
-    """One label for an image, or one for each of its pixels, learned from masks; see docs/training.md."""
+    task: TaskName = "classification"
+    """One label for an image, or one for each of its pixels, learned from masks (``segmentation``), or one for each box in it
+    (``detection``); see docs/training.md."""
     labels: list[str] = Field(min_length=2)
     """Class names in the order of the model's outputs; with two, the second is the positive one. Of a segmentation the first is
-    the background, and the number of a class, from 0, is its value in masks."""
+    the background, and the number of a class, from 0, is its value in masks. Of a detection the first is that nothing is there;
+    the others are the categories of boxes."""
     storage: str = "var/storage"
     """Root of everything the project keeps: a directory, ``file://`` or ``s3://bucket/prefix``. ``CVF_STORAGE``
     overrides it."""
@@ -2175,6 +2211,8 @@ class ProjectConfig(Frozen):
         if isinstance(self.model, Unet) and size % self.model.factor:
             levels = f"model.levels {self.model.levels}"
             raise ValueError(f"preprocessing.size {size}: a multiple of {self.model.factor} for {levels}")
+        if isinstance(self.model, RetinaNet) and size % self.model.strides[-1]:
+            raise ValueError(f"preprocessing.size {size}: a multiple of {self.model.strides[-1]} for model.kind retinanet")
         if size < self.model.least_size:
             raise ValueError(f"preprocessing.size {size}: at least {self.model.least_size} for model.kind {self.model.kind}")
         if isinstance(self.embedding, HogEmbedding) and size < self.embedding.least_size:
@@ -2194,33 +2232,56 @@ class ProjectConfig(Frozen):
 
     @model_validator(mode="after")
     def _task_fits(self) -> ProjectConfig:
-        if self.task == "classification":
-            needs = {
-                "model.kind: another than unet": not isinstance(self.model, Unet),
-                "gate.metric: auc or accuracy": self.gate.metric != "dice",
-                "data.source.labels: a table": not isinstance(self.data.source, FileSource) or bool(self.data.source.labels),
-            }
-        else:
-            source, training = self.data.source, self.training
-            needs = {
-                "model.kind: unet": isinstance(self.model, Unet),
-                "gate.metric: dice": self.gate.metric == "dice",
-                "data.source.kind: files or phantoms": isinstance(source, FileSource | PhantomSource),
-                "data.source.masks, or a table with a column mask": not isinstance(source, FileSource)
-                or bool(source.masks or source.labels),
-                "data.include_captures: false": not self.data.include_captures,
-                "data.unlabelled: refuse": self.data.unlabelled == "refuse",
-                "data.pseudo_labels: null": self.data.pseudo_labels is None,
-                "decoding.frames: middle": self.decoding.frames == "middle",
-                "training.objective: supervised or fine_tuning": isinstance(training.objective, SupervisedConfig | FineTuning),
-                "training.augment without mixup and cutmix": not (training.augment.mixup or training.augment.cutmix),
-                "calibration.abstain: 0": not self.calibration.abstain,
-                "no search": self.search is None,
-                "at most 256 labels": len(self.labels) <= 256,
-            }
+        source, metric = self.data.source, self.gate.metric
+        match self.task:
+            case "classification":
+                needs = {
+                    "model.kind: another than unet": not isinstance(self.model, Unet),
+                    "model.kind: another than retinanet": not isinstance(self.model, RetinaNet),
+                    "gate.metric: auc or accuracy": metric in {"auc", "accuracy"},
+                    "data.source.labels: a table": not isinstance(source, FileSource) or bool(source.labels),
+                }
+            case "segmentation":
+                needs = {
+                    "model.kind: unet": isinstance(self.model, Unet),
+                    "gate.metric: dice": metric == "dice",
+                    "data.source.kind: files or phantoms": isinstance(source, FileSource | PhantomSource),
+                    "data.source.masks, or a table with a column mask": not isinstance(source, FileSource)
+                    or bool(source.masks or source.labels),
+                    **self._needs_of_places(),
+                    "at most 256 labels": len(self.labels) <= 256,
+                }
+            case "detection":
+                needs = {
+                    "model.kind: retinanet": isinstance(self.model, RetinaNet),
+                    "gate.metric: map": metric == "map",
+                    "data.source.kind: files or phantoms": isinstance(source, FileSource | PhantomSource),
+                    "data.source.boxes: annotations": not isinstance(source, FileSource) or bool(source.boxes),
+                    **self._needs_of_places(),
+                    "gate.sensitivity and gate.specificity: 0": not (self.gate.sensitivity or self.gate.specificity),
+                    "gate.calibration_error: 1": self.gate.calibration_error == 1,
+                    "training.class_weights: false": not self.training.class_weights,
+                    "training.label_smoothing: 0": not self.training.label_smoothing,
+                }
+            case _:
+                assert_never(self.task)
         if lacking := next((need for need, is_met in needs.items() if not is_met), None):
             raise ValueError(f"{lacking} where task is {self.task}")
         return self
+
+    def _needs_of_places(self) -> dict[str, bool]:
+        """What a task needs that answers where something is in an image."""
+        training = self.training
+        return {
+            "data.include_captures: false": not self.data.include_captures,
+            "data.unlabelled: refuse": self.data.unlabelled == "refuse",
+            "data.pseudo_labels: null": self.data.pseudo_labels is None,
+            "decoding.frames: middle": self.decoding.frames == "middle",
+            "training.objective: supervised or fine_tuning": isinstance(training.objective, SupervisedConfig | FineTuning),
+            "training.augment without mixup and cutmix": not (training.augment.mixup or training.augment.cutmix),
+            "calibration.abstain: 0": not self.calibration.abstain,
+            "no search": self.search is None,
+        }
 
     @model_validator(mode="after")
     def _reports_fit(self) -> ProjectConfig:

@@ -163,10 +163,19 @@ class Domain(Protocol):
         """
 
     def generate(
-        self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str], masks: bool = False
+        self,
+        directory: Path,
+        *,
+        patients: int,
+        image_size: int,
+        seed: int,
+        labels: list[str],
+        masks: bool = False,
+        boxes: bool = False,
     ) -> None:
         """Write synthetic studies and ``labels.csv`` (columns ``file``, ``label``) below a directory; with ``masks`` also
-        ``masks/``, a PNG of each study with the numbers of its pixels' labels, the first one's being 0."""
+        ``masks/``, a PNG of each study with the numbers of its pixels' labels, the first one's being 0; with ``boxes`` also
+        ``boxes.json``, annotations in the format of COCO, whose categories are the labels but the first."""
 
 
 def open_domain(name: str) -> Domain:

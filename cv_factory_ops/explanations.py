@@ -31,7 +31,7 @@ from cv_factory_ops.config import (
     Vit,
 )
 from cv_factory_ops.errors import ConfigError
-from cv_factory_ops.models import Classifier, Segmenter
+from cv_factory_ops.models import Classifier, Detector, Segmenter
 from cv_factory_ops.preprocessing.pipeline import to_tensor
 
 MOST_PIXELS = 64 * 64 * 64
@@ -71,10 +71,13 @@ def explain(
     network is in evaluation mode, and of this thread alone; the temperature is its bundle's.
 
     Raises:
-        ConfigError: ``grad_cam``, and no layer of the network keeps places apart; or the network answers for pixels.
+        ConfigError: ``grad_cam``, and no layer of the network keeps places apart; or the network answers for pixels or
+            with boxes.
     """
     if isinstance(network, Segmenter):
         raise ConfigError(f"{method.kind}: explains the label of an image; a segmentation shows by its mask where it sees what")
+    if isinstance(network, Detector):
+        raise ConfigError(f"{method.kind}: explains the label of an image; a detection shows by its boxes where it sees what")
     maps, forward = [], partial(_log_odds, network, temperature)
     together = min(_batch_size(images), EXPLAINED_AT_A_TIME)
     for start in range(0, len(images), together):

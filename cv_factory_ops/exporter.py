@@ -199,7 +199,7 @@ def _training_samples(config: ProjectConfig) -> Samples:
         yield "cvf_training_epochs", (), training.epochs
         yield "cvf_training_images_per_second", (), training.images_per_second
         yield "cvf_training_processes", (), training.world_size
-        for metric, value in (("auc", training.val_auc), ("dice", training.val_dice)):
+        for metric, value in (("auc", training.val_auc), ("dice", training.val_dice), ("map", training.val_map)):
             if value is not None:
                 yield "cvf_training_validation", (metric,), value
         if judged := _record(GateRecord, last.run):

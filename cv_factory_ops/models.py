@@ -21,6 +21,7 @@ from cv_factory_ops.config import (
     FineTuning,
     Member,
     ResNet,
+    RetinaNet,
     SmallCnn,
     Unet,
     Vit,
@@ -90,6 +91,27 @@ class Segmenter(Classifier):
         return self.config.width * self.config.factor
 
 
+class Detector(Classifier):
+    """Standardise, and answer at each anchor of :func:`cv_factory_ops.detection.anchors` whether and where a box is.
+
+    Outputs are (N, anchors, 4 + classes - 1): how the box differs from the anchor, as MONAI's ``BoxCoder`` tells it, then the
+    logits of all classes but the first, each by itself. The embedding is the mean over the image of the ResNet's last stage.
+    """
+
+    config: RetinaNet
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps, embedding = self.backbone((images - self.mean) / self.std)
+        return self.head(maps), embedding
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self(images)[1]  # type: ignore[no-any-return]
+
+    @property
+    def features(self) -> int:
+        return self.config.width * 8 * _expansion(self.config)
+
+
 def build(config: AnyModel, classes: int, mean: float = 0.0, std: float = 1.0, channels: int = 1, size: int = 64) -> Classifier:
     """A new network with random weights for images of that many channels; of ``vit`` for images of size x size alone."""
     match config:
@@ -105,6 +127,8 @@ def build(config: AnyModel, classes: int, mean: float = 0.0, std: float = 1.0, c
             backbone, head = _vit(config, classes, channels, size)
         case Unet():
             return Segmenter(config, *_unet(config, classes, channels), classes, mean, std)
+        case RetinaNet():
+            return Detector(config, *_retinanet(config, classes, channels), classes, mean, std)
         case EnsembleModel():
             return join(config, [build(member.model, classes, mean, std, channels, size) for member in config.members])
         case _:
@@ -273,6 +297,67 @@ def _descend(block: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return block[2](torch.cat([images, inner], 1)), bottom
 
 
+BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+"""Of a ResNet's stages, by its depth (He et al. 2016, table 1; 10 is MONAI's)."""
+
+
+def _expansion(config: RetinaNet) -> int:
+    """Channels that a block gives, as a multiple of those that it is named by."""
+    return 4 if config.depth >= 50 else 1
+
+
+def _retinanet(config: RetinaNet, classes: int, channels: int) -> tuple[nn.Module, nn.Module]:
+    from monai.networks.blocks.feature_pyramid_network import FeaturePyramidNetwork
+    from monai.networks.nets import ResNet as MonaiResNet
+
+    widths = [config.width * 2**stage for stage in range(4)]
+
+    class WithPyramid(MonaiResNet):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(
+                "bottleneck" if config.depth >= 50 else "basic",
+                list(BLOCKS[config.depth]),
+                widths,
+                spatial_dims=2,
+                n_input_channels=channels,
+                conv1_t_size=3 if config.small_input else 7,
+                conv1_t_stride=1 if config.small_input else 2,
+                no_max_pool=config.small_input,
+                feed_forward=False,
+            )
+            self.pyramid = FeaturePyramidNetwork(2, [_expansion(config) * width for width in widths[1:]], 4 * config.width)
+
+        def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+            features = self.act(self.bn1(self.conv1(images)))
+            features = self.layer1(features if self.no_max_pool else self.maxpool(features))
+            maps = {}
+            for name in ("layer2", "layer3", "layer4"):
+                maps[name] = features = getattr(self, name)(features)
+            return list(self.pyramid(maps).values()), features.mean((2, 3))
+
+    return WithPyramid(), _BoxHead(4 * config.width, classes - 1)
+
+
+class _BoxHead(nn.Module):
+    """The heads of MONAI's RetinaNet with one anchor a place, which see all resolutions alike."""
+
+    def __init__(self, features: int, categories: int) -> None:
+        from monai.apps.detection.networks.retinanet_network import RetinaNetClassificationHead, RetinaNetRegressionHead
+
+        super().__init__()
+        self.differences = RetinaNetRegressionHead(features, 1, 2)
+        self.logits = RetinaNetClassificationHead(features, 1, categories, 2)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        # Their own forward ends a training by another word for what is not finite, and the loop looks for that itself.
+        found = []
+        for features in maps:
+            boxes = self.differences.bbox_reg(self.differences.conv(features))
+            logits = self.logits.cls_logits(self.logits.conv(features))
+            found.append(torch.cat([boxes, logits], 1).flatten(2).transpose(1, 2))
+        return torch.cat(found, 1)
+
+
 def stages(network: Classifier) -> dict[str, Stage]:
     """Parts of a network from its input to its head, by name; together they have all of its weights."""
     backbone = {
@@ -304,6 +389,8 @@ def _stage_parts(config: AnyModel) -> list[tuple[str, str]]:
             down = [(f"down{i}", f"{level}.0") for i, level in enumerate(levels[:-1], 1)]
             up = [(f"up{i}", f"{level}.2") for i, level in enumerate(levels[:-1], 1)]
             return [*down, ("bottom", levels[-1]), *reversed(up)]
+        case RetinaNet():
+            return [("stem", "conv1 bn1"), *((f"layer{i}", f"layer{i}") for i in range(1, 5)), ("pyramid", "pyramid")]
         case EnsembleModel():
             raise TypeError("an ensemble is not trained as a whole: it has no stages of its own")
         case _:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cv_factory_ops import segmentation
+from cv_factory_ops import detection, segmentation
 from cv_factory_ops.answers import Answer as Answer
 from cv_factory_ops.answers import Prediction as Prediction
-from cv_factory_ops.bundle import Bundle
+from cv_factory_ops.bundle import Bundle, BundleManifest
 from cv_factory_ops.calibration import tempered
+from cv_factory_ops.config import RetinaNet
 from cv_factory_ops.domain import Decoded, Metadata
 from cv_factory_ops.errors import Rejected
 from cv_factory_ops.metrics import confidence, predicted
@@ -54,6 +55,7 @@ class Predictor:
         self._embedder = bundle.embedder()
         self._pca = bundle.pca()
         size = self.manifest.preprocessing.size
+        self._read = reader_of(self.manifest)
         self._shape = (size, size) if self.manifest.channels == 1 else (size, size, self.manifest.channels)
 
     def answer(self, studies: Sequence[Decoded]) -> Answer:
@@ -102,8 +104,8 @@ class Predictor:
         self._pca.transform(self.forward(np.zeros((1, *self._shape), np.uint16))[1])
 
     def forward(self, prepared: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(N, size, size[, 3]) prepared images -> probabilities (N, classes), or (N, classes, size, size) of pixels, and
-        embedding (N, features)."""
+        """(N, size, size[, 3]) prepared images -> probabilities (N, classes), or (N, classes, size, size) of pixels, or a
+        detector's outputs (N, anchors, 4 + classes - 1), and embedding (N, features)."""
         return infer(self._network, prepared, self._embedder, self.manifest.temperature)
 
     def vectors(self, embedding: NDArray[np.float32], kind: Literal["components", "embedding"]) -> NDArray[np.float32]:
@@ -118,8 +120,10 @@ class Predictor:
         self, given: Input, probabilities: NDArray[np.float32], values: dict[str, str | float | None]
     ) -> Prediction:
         labels, threshold = self.manifest.labels, self.manifest.threshold
+        geometry = Geometry.of(given.shape, self.manifest.preprocessing, given.spacing)
+        if self._read:
+            return detection.detected(self._read(probabilities), labels, threshold, geometry, values)
         if probabilities.ndim == 3:
-            geometry = Geometry.of(given.shape, self.manifest.preprocessing, given.spacing)
             return segmentation.segmented(probabilities, labels, geometry, given.spacing, values)
         answer = int(predicted(probabilities[None], threshold)[0])
         of_answer = told(probabilities, threshold, self.manifest.abstention)
@@ -132,6 +136,13 @@ class Predictor:
         )
 
 
+def reader_of(manifest: BundleManifest) -> detection.Reader | None:
+    """What makes boxes of a detector's outputs, as the bundle has them suppressed; None of a bundle of another task."""
+    if not isinstance(manifest.model, RetinaNet) or manifest.overlap is None:
+        return None
+    return detection.Reader(manifest.model, manifest.preprocessing.size, manifest.overlap)
+
+
 def infer(
     network: Network,
     prepared: NDArray[np.uint16] | Images,
@@ -139,8 +150,8 @@ def infer(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(N, size, size[, 3]) prepared images -> probabilities (N, classes), or (N, classes, size, size) of pixels, and embedding
-    (N, features).
+    """(N, size, size[, 3]) prepared images -> probabilities (N, classes), or (N, classes, size, size) of pixels, or a
+    detector's outputs (N, anchors, 4 + classes - 1), and embedding (N, features).
 
     The embedding is the network's own where no embedder is given, the temperature a bundle's.
     """
@@ -160,7 +171,8 @@ def in_batches(
         batch = prepared[start : start + batch_size]
         with torch.inference_mode():
             outputs, features = network(to_tensor(batch))
-            probabilities = tempered(outputs.softmax(1).numpy(), temperature)
+            is_of_boxes = outputs.ndim == 3
+            probabilities = outputs.numpy() if is_of_boxes else tempered(outputs.softmax(1).numpy(), temperature)
         yield probabilities.astype(np.float32, copy=False), embedder.embed(batch) if embedder else features.numpy()
 
 

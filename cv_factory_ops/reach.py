@@ -77,7 +77,7 @@ def _places_to_read(project: ProjectConfig, stage: str) -> list[tuple[str, str]]
     source = project.data.source
     match stage:
         case "ingest":
-            given = {f"data.source.{field}": getattr(source, field, None) for field in ("path", "labels", "masks")}
+            given = {f"data.source.{field}": getattr(source, field, None) for field in ("path", "labels", "masks", "boxes")}
         case "train":
             given = {"model.weights": project.model.weights, "embedding.weights": getattr(project.embedding, "weights", None)}
         case "predict":

@@ -119,6 +119,8 @@ class TrainRecord(Record):
     val_auc: float | None = None
     val_dice: float | None = None
     """Of a segmentation, in place of the AUC."""
+    val_map: float | None = None
+    """Of a detection, in place of the AUC."""
     images_per_second: float
     world_size: int
     warm_start: WarmStart | None = None

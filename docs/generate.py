@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -114,13 +114,23 @@ def _type(field: FieldInfo) -> str:
     text = name.replace("typing.", "").replace("NoneType", "null").replace("None", "null").replace("|", "or")
     if "Literal" in text:
         text = " or ".join(f"`{choice}`" for choice in get_args(field.annotation))
-    if "Annotated" in text:
-        text = "two numbers in 0..1"
+    if "Annotated" in text:  # which tells its code
+        elements = get_args(field.annotation)
+        is_tuple = get_origin(field.annotation) is tuple
+        text = " ".join([f"{len(elements)} numbers", *_limits(get_args(elements[0])[1])]) if is_tuple else "dict[str, str]"
     return " ".join([text, *_limits(field)])
 
 
 def _limits(field: FieldInfo) -> list[str]:
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "pattern": "matching"}
+    signs = {
+        "ge": ">=",
+        "gt": ">",
+        "le": "<=",
+        "lt": "<",
+        "min_length": "at least",
+        "pattern": "matching",
+        "multiple_of": "multiple of",
+    }
     found = [
         (signs[name], getattr(item, name)) for item in field.metadata for name in signs if getattr(item, name, None) is not None
     ]

@@ -118,11 +118,19 @@ class Medical:
         return read_mask(data, labels, instance)
 
     def generate(
-        self, directory: Path, *, patients: int, image_size: int, seed: int, labels: list[str], masks: bool = False
+        self,
+        directory: Path,
+        *,
+        patients: int,
+        image_size: int,
+        seed: int,
+        labels: list[str],
+        masks: bool = False,
+        boxes: bool = False,
     ) -> None:
         from domain_medical.synthetic import generate
 
-        generate(directory, patients=patients, image_size=image_size, seed=seed, labels=labels, masks=masks)
+        generate(directory, patients=patients, image_size=image_size, seed=seed, labels=labels, masks=masks, boxes=boxes)
 
 
 DOMAIN: Domain = Medical()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -109,10 +110,11 @@ def generate(
     labels: Sequence[str],
     scanners: Sequence[Scanner] = SCANNERS,
     masks: bool = False,
+    boxes: bool = False,
 ) -> None:
     """Write one or two ``.dcm`` files a patient and ``labels.csv`` (columns ``file``, ``label``) into a directory; with
     ``masks`` also ``masks/<name>.png``, the class of each pixel: that of the opacity where it has half its greatest strength,
-    else 0.
+    else 0; with ``boxes`` also ``boxes.json``, in the format of COCO: the box around these pixels.
 
     Labels take turns, so each has its share of the patients.
     """
@@ -122,6 +124,7 @@ def generate(
     with (directory / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["file", "label"])
+        annotations = _Annotations(labels)
         for number in range(patients):
             patient = _Patient(seed, number, number % len(labels), image_size)
             for view in range(1 + int(patient.rng.random() < 0.4)):
@@ -130,7 +133,28 @@ def generate(
                 (directory / name).write_bytes(study)
                 if masks:
                     (directory / "masks" / f"{number:05d}_{view}.png").write_bytes(cv2.imencode(".png", mask)[1].tobytes())
+                annotations.add(name, mask)
                 table.writerow([name, labels[patient.kind]])
+    if boxes:
+        (directory / "boxes.json").write_text(json.dumps(annotations.content), encoding="utf-8")
+
+
+class _Annotations:
+    """In the format of COCO; the first label is none of its categories."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        categories = [{"id": number, "name": label} for number, label in enumerate(labels) if number]
+        self.content: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": categories}
+
+    def add(self, name: str, mask: NDArray[np.uint8]) -> None:
+        """An image with the box of its finding, if it has one."""
+        images, annotations = self.content["images"], self.content["annotations"]
+        images.append({"id": len(images) + 1, "file_name": name, "width": mask.shape[1], "height": mask.shape[0]})
+        if mask.any():
+            left, top, width, height = cv2.boundingRect(mask)
+            box = {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
+            found = {"id": len(annotations) + 1, "image_id": len(images), "category_id": int(mask.max())}
+            annotations.append(found | box)
 
 
 def studies(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_factory_ops import segmentation, storage
+from cv_factory_ops.answers import DetectedPrediction, Prediction, SegmentedPrediction
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.domain import Decoded
 from cv_factory_ops.errors import DataError
@@ -50,7 +51,7 @@ class Study(NamedTuple):
     body: bytes
     content_type: str
     probabilities: list[float]
-    """In the order of the project's labels; of a segmentation none."""
+    """In the order of the project's labels; of a detection the greatest scores of boxes, of a segmentation none."""
     mask: str = ""
     """Of a segmentation, as answers have it."""
 
@@ -69,7 +70,8 @@ def studies(stage: Stage, bundle_digest: str) -> list[Study]:
 
 
 def require_answer(study: Study, number: int, answer: bytes, labels: list[str], tolerance: float) -> float:
-    """The largest difference of a probability; of a segmentation the share of the image's pixels that are of another class.
+    """The largest difference of a probability, of a detection of a label's greatest score; of a segmentation the share of the
+    image's pixels that are of another class.
 
     Raises:
         DataError: it is more than the tolerance, or the answer holds no probabilities of these labels, or no mask of the image.
@@ -119,12 +121,12 @@ def _drawn(stage: Stage) -> list[Study]:
     from cv_factory_ops.predictor import Predictor
 
     table = pd.read_parquet(stage.local(stage.read(EvaluateRecord).predictions))
-    is_segmentation = stage.config.task == "segmentation"
-    columns = [] if is_segmentation else [f"{WHO}{index}" for index in range(len(stage.config.labels))]
+    task, labels = stage.config.task, stage.config.labels
+    columns = [f"{WHO}{index}" for index in range(len(labels))] if task == "classification" else []
     if not set(columns) <= set(table):
         return []
     bundle = Bundle.load(stage.local(stage.read(RegisterRecord).bundle))
-    predictor = Predictor(bundle) if is_segmentation else None
+    predictor = None if task == "classification" else Predictor(bundle)
     needs_spacing = any(getattr(step, "mm", None) is not None for step in bundle.manifest.preprocessing.steps)
     table = table[table["split"] == "test"].set_index("id")
     ids = np.random.default_rng(SEED).permutation(np.sort(table.index.to_numpy()))
@@ -132,17 +134,21 @@ def _drawn(stage: Stage) -> list[Study]:
     for row_id, image, spacing in _images(stage, list(ids)):
         body, content_type = _request(image, spacing if needs_spacing else None)
         if len(body) <= LARGEST_BODY:
-            mask = _mask(predictor, image, spacing) if predictor else ""
-            found.append(Study(body, content_type, table.loc[row_id, columns].astype(float).tolist(), mask))
+            answered = _answered(predictor, image, spacing) if predictor else None
+            mask = answered.mask if isinstance(answered, SegmentedPrediction) else ""
+            probabilities = table.loc[row_id, columns].astype(float).tolist()
+            if isinstance(answered, DetectedPrediction):
+                probabilities = [answered.scores[label] for label in labels]
+            found.append(Study(body, content_type, probabilities, mask))
         if len(found) == stage.config.deploy.golden.studies:
             break
     return found
 
 
-def _mask(predictor: Predictor, image: NDArray[np.uint16], spacing: Spacing) -> str:
-    """As the evaluation had it: it keeps measures of masks, and not them."""
+def _answered(predictor: Predictor, image: NDArray[np.uint16], spacing: Spacing) -> Prediction:
+    """As the evaluation had it: it keeps measures of masks, and not them, and boxes from below the threshold."""
     [prediction] = predictor.answer([Decoded(image, spacing=spacing)]).predictions
-    return str(prediction.model_dump()["mask"])
+    return prediction
 
 
 def _images(stage: Stage, ids: list[str]) -> Iterator[tuple[str, NDArray[np.uint16], Spacing]]:

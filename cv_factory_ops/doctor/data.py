@@ -68,7 +68,7 @@ def labels(config: ProjectConfig) -> Iterator[Finding]:
     from cv_factory_ops.ingestion.labels import read_labels
 
     given = getattr(config.data.source, "labels", None)
-    if not given or config.task == "segmentation":  # there the table names masks
+    if not given or config.task != "classification":  # there the table names masks and patients
         return
     table = read_labels(_here(config, given), config.labels, open_domain(config.domain), config.data.report_column)
     yield ok("labels", f"{as_uri(given)}: {len(table.labels)} labels by {table.key}")
@@ -126,7 +126,7 @@ def _object(name: str, uri: str) -> Finding:
 
 
 def _files(config: ProjectConfig, given: FileSource) -> Iterator[Finding]:
-    for name, place in (("source", given.path), ("source.masks", given.masks)):
+    for name, place in (("source", given.path), ("source.masks", given.masks), ("source.boxes", given.boxes)):
         if place:
             uri = _here(config, place)
             if not storage.exists(uri) and next(_some(uri), None) is None:

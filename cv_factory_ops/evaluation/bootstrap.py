@@ -25,7 +25,8 @@ Interval = tuple[float, float]
 
 class Measured(Protocol):
     """A model's answers to a set of images, measured: of labels :class:`Judged`, of masks
-    :class:`cv_factory_ops.evaluation.segmentation.JudgedMasks`."""
+    :class:`cv_factory_ops.evaluation.segmentation.JudgedMasks`, of boxes
+    :class:`cv_factory_ops.evaluation.detection.JudgedBoxes`."""
 
     @property
     def patients(self) -> NDArray[np.int64]:

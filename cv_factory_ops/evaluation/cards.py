@@ -46,6 +46,8 @@ TITLES = {
     "accuracy_answered": "accuracy of the answered",
     "dice": "Dice",
     "hd95": "Hausdorff 95 (mm)",
+    "map": "mAP",
+    "map50": "mAP at IoU 0.5",
 }
 LIBRARIES = ("torch", "monai", "numpy", "scikit-learn", "mlflow")
 MOST_VALUES = 12
@@ -107,6 +109,7 @@ def _facts(stage: Stage, record: EvaluateRecord, manifest: BundleManifest) -> di
         "rows": rows,
         "bins": BINS,
         "masks": manifest.task == "segmentation",
+        "boxes": manifest.task == "detection",
         "today": f"{datetime.now(UTC):%Y-%m-%d}",
         "colour": "grey" if manifest.channels == 1 else "colour",
         "came": f"Source: {_code(config.data.source.kind)}, {ingest.accepted - ingest.captured} images; {_captured(ingest)}.",

@@ -59,14 +59,15 @@ def run(stage: Stage) -> EvaluateRecord:
 
 def predict_splits(stage: Stage, bundles: Mapping[str, Bundle]) -> pd.DataFrame:
     """Columns ``id``, ``patient``, ``split``, ``label``, ``meta_*``, and of each model those of its task: a probability of each
-    class, ``<who>_<i>``, or ``<who>_dice_<i>`` and ``<who>_hd95_<i>`` of each class but the background."""
+    class, ``<who>_<i>``, or ``<who>_dice_<i>`` and ``<who>_hd95_<i>`` of each class but the background, or ``<who>_boxes``,
+    rows of :data:`cv_factory_ops.detection.Found` one after the other, beside the true ``boxes``."""
     shards, ingested, tables = stage.local(f"{stage.run}/preprocess"), stage.local(f"{stage.run}/ingest"), []
     task = open_task(stage.config.task)
     for split in SPLITS:
         if split not in read_index(shards).splits:
             continue
         rows = read_rows(shards, split)
-        metadata = [column for column in rows if column.startswith("meta_")]
+        metadata = [column for column in rows if column.startswith("meta_") or column == "boxes"]
         table = rows[["id", "patient", "split", "label", *metadata]]
         for who, bundle in bundles.items():
             found = task.columns(bundle, _images(stage, shards, split, rows, bundle), rows, ingested)

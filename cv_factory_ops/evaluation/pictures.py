@@ -57,12 +57,13 @@ MOST_NUMBERED = 25
 
 
 def learning_curves(history: Mapping[str, Mapping[int, float]], best_epoch: int) -> Figure:
-    """Training loss and validation by epoch: ``history`` holds ``train_loss``, and ``val_auc`` or ``val_dice``."""
+    """Training loss and validation by epoch: ``history`` holds ``train_loss``, and ``val_auc``, ``val_dice`` or ``val_map``."""
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     known = {
         "train_loss": ("Training loss", COLOURS[0]),
         "val_auc": ("Validation AUC", COLOURS[2]),
         "val_dice": ("Validation Dice", COLOURS[2]),
+        "val_map": ("Validation mAP", COLOURS[2]),
     }
     panels = [(name, *known[name]) for name in history]
     for axes, (name, title, colour) in zip(figure.subplots(1, len(panels)), panels, strict=True):

@@ -1,23 +1,25 @@
-"""What a task measures and draws: the two implementations of :class:`Task`."""
+"""What a task measures and draws: the implementations of :class:`Task`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, Protocol, assert_never
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle, BundleManifest
-from cv_factory_ops.config import ProjectConfig
-from cv_factory_ops.evaluation import mask_pictures, pictures, segmentation
+from cv_factory_ops.config import ProjectConfig, TaskName
+from cv_factory_ops.evaluation import box_pictures, detection, mask_pictures, pictures, segmentation
 from cv_factory_ops.evaluation.bootstrap import Judged, Measured, probabilities_of
+from cv_factory_ops.evaluation.detection import JudgedBoxes
 from cv_factory_ops.evaluation.explanation_gallery import explanation_gallery
 from cv_factory_ops.evaluation.segmentation import JudgedMasks
 from cv_factory_ops.metrics import Values, Weights, resampled
 from cv_factory_ops.predictor import infer
+from cv_factory_ops.preprocessing.preprocess import geometries
 from cv_factory_ops.preprocessing.shards import Images
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ Drawn = tuple[dict[str, "Figure"], dict[str, float]]
 """Pictures by name, and what the explanations score."""
 
 
-Column = NDArray[np.floating]
+Column = NDArray[np.floating] | list[NDArray[np.float64]]
+"""(N,) numbers, or lists of numbers."""
 
 
 class Task(Protocol):
@@ -53,13 +56,15 @@ class Task(Protocol):
         """Pictures of the challenger, whose bundle it is, and of its rivals on the test set."""
 
 
-def open_task(name: Literal["classification", "segmentation"]) -> Task:
+def open_task(name: TaskName) -> Task:
     """The task of a project, or of a bundle."""
     match name:
         case "classification":
             return Classification()
         case "segmentation":
             return Segmentation()
+        case "detection":
+            return Detection()
         case _:
             assert_never(name)
 
@@ -68,6 +73,8 @@ def sampled(table: pd.DataFrame, who: str, threshold: float, weights: Weights) -
     """(B,) the metrics of a model in each sample, whatever its task; ``weights``: (B, N)."""
     if values := segmentation.values_of(table, who):
         return segmentation.sampled(values, None, weights)
+    if detection.has_boxes(table, who):
+        return detection.sampled(table, who, weights)
     return resampled(table["label"].to_numpy(), probabilities_of(table, who), threshold, 0.0, weights)
 
 
@@ -136,5 +143,36 @@ class Segmentation:
         figures = {
             "dice": mask_pictures.histogram(challenger),
             "errors": mask_pictures.errors(challenger, chosen, images, outlines),
+        }
+        return figures, {}
+
+
+class Detection:
+    """Boxes in an image."""
+
+    headline: tuple[str, ...] = detection.MEASURES
+    of_subgroups: tuple[str, ...] = detection.MEASURES
+    validation = "map"
+
+    def columns(self, bundle: Bundle, images: Images, rows: pd.DataFrame, folder: Path) -> dict[str, Column]:
+        return {"boxes": [boxes.ravel() for boxes in detection.answers(bundle, images, rows)]}
+
+    def judged(self, rows: pd.DataFrame, who: str, manifest: BundleManifest) -> Measured:
+        return JudgedBoxes.of(rows, who, manifest)
+
+    def figures(
+        self,
+        test: Mapping[str, JudgedBoxes],
+        images: Images,
+        rows: pd.DataFrame,
+        bundle: Bundle,
+        folder: Path,
+        config: ProjectConfig,
+    ) -> Drawn:
+        challenger = test["challenger"]
+        places = list(geometries(rows, bundle.manifest.preprocessing))
+        figures = {
+            "precision_recall": box_pictures.precision_recall(test),
+            "errors": box_pictures.errors(challenger, images, places),
         }
         return figures, {}

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from cv_factory_ops.answers import ExplainedPrediction, Neighbour, Prediction, SegmentedPrediction
+from cv_factory_ops.answers import AnyPrediction, ExplainedPrediction, Neighbour
 from cv_factory_ops.records import Frozen
 
 INFERENCE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -60,7 +60,7 @@ class Predicted(Frozen):
     model_config = _example({"inference_id": EXAMPLE_ID, "prediction": PREDICTION, "bundle_digest": "5f2b…"})
     inference_id: str
     """Name of this answer: the one that a label which arrives later is given for."""
-    prediction: SegmentedPrediction | Prediction
+    prediction: AnyPrediction
     bundle_digest: str
     """Which model has answered."""
 
@@ -89,7 +89,7 @@ class SimilarStudies(Frozen):
         }
     )
     inference_id: str
-    prediction: SegmentedPrediction | Prediction
+    prediction: AnyPrediction
     similar: list[Neighbour]
     """Most similar first, one of each patient, none of the study's own."""
     finding: str

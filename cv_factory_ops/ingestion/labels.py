@@ -125,14 +125,14 @@ def read_labels(uri: str, allowed: list[str], domain: Domain, report_column: str
 
 
 def read_files(uri: str) -> dict[str, dict[str, str]]:
-    """What a table says of images that have masks, by ``file``: ``mask`` and ``patient``, each empty where it does not.
+    """What a table says of images with masks or boxes, by ``file``: ``mask`` and ``patient``, each empty where it does not.
 
     Raises:
         DataError: it is not there, or is not such a table.
     """
     columns, rows = _rows(uri)
     if "file" not in columns or not columns & {"mask", "patient"}:
-        raise DataError(f"{uri}: needed for masks: column file, and mask, patient, or both")
+        raise DataError(f"{uri}: needed beside masks or boxes: column file, and mask, patient, or both")
     table: dict[str, dict[str, str]] = {}
     for line, row in rows:
         cells = {column: _text(row.get(column), f"{uri}: line {line}: {column}") for column in ("file", "mask", "patient")}

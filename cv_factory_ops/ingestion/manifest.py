@@ -31,6 +31,10 @@ TOGETHER = 2048
 REPORTS = "reports.parquet"
 
 
+Boxes = NDArray[np.float64]
+"""(K, 5) class, then left, top, right, bottom in pixels from the upper left corner; further columns may follow."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredMask:
     """The classes of an image's pixels."""
@@ -55,7 +59,8 @@ class Row:
     instance: str
     """Pseudonym of the file's own identifier; empty where it has none."""
     label: int
-    """Index into the project's labels; -1 until it is known. With a mask, the class of the largest region, or 0."""
+    """Index into the project's labels; -1 until it is known. With a mask, the class of the largest region, with boxes that of
+    the largest box, or 0."""
     split: str
     """As the source fixes it, and empty where it does not, until :func:`cv_factory_ops.ingestion.splits.assign`."""
     source: str
@@ -80,6 +85,22 @@ class Row:
     """Of a segmentation."""
     report: str = ""
     """Words of its report; kept apart from the manifest, see :func:`write_reports`."""
+    boxes: tuple[tuple[float, ...], ...] | None = None
+    """Of a detection: rows of :data:`Boxes`, sorted."""
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Those that it shows: of masks and boxes also the first, which is nothing."""
+        if self.mask:
+            return self.mask.classes
+        return (self.label,) if self.boxes is None else (0, *sorted({int(box[0]) for box in self.boxes}))
+
+    @property
+    def places(self) -> str:
+        """Digest of its mask, or of its boxes; empty where it has neither."""
+        if self.mask:
+            return self.mask.digest
+        return "" if self.boxes is None else storage.text_digest(repr(self.boxes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +124,8 @@ def write_manifest(folder: Path, rows: Sequence[Row], metadata: Mapping[str, Kin
     if any(row.mask for row in rows):
         schema += [pa.field("mask_offset", pa.int64()), pa.field("mask_bytes", pa.int64())]
         schema += [pa.field("mask_digest", pa.string())]
+    if any(row.boxes is not None for row in rows):
+        schema += [pa.field("boxes", pa.list_(pa.float64()))]
     schema += [pa.field(f"meta_{name}", pa.float64() if kind == "number" else pa.string()) for name, kind in metadata.items()]
     ordered = sorted(rows, key=lambda row: (row.place.file, row.place.offset))
     with pq.ParquetWriter(folder / "manifest.parquet", pa.schema(schema)) as writer:
@@ -116,6 +139,7 @@ def _columns(row: Row, plain: Iterable[str], metadata: Iterable[str]) -> dict[st
         {name: getattr(row, name) for name in plain}
         | {"file": row.place.file, "offset": row.place.offset, "bytes": row.place.bytes}
         | _mask_columns(row.mask)
+        | ({} if row.boxes is None else {"boxes": [value for box in row.boxes for value in box]})
         | {f"meta_{name}": row.metadata.get(name) for name in metadata}
     )
 
@@ -191,3 +215,8 @@ def read_masks(folder: Path, rows: pd.DataFrame) -> Iterator[NDArray[np.uint8]]:
 def as_classes(pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """A mask from an image of 8 bits, which takes a byte a pixel where pixels are stored."""
     return (pixels & 255).astype(np.uint8)
+
+
+def as_boxes(cells: Iterable[Sequence[float]], width: int = 5) -> list[Boxes]:
+    """The boxes of each cell of a column, which holds their rows one after the other."""
+    return [np.asarray(cell, np.float64).reshape(-1, width) for cell in cells]

@@ -29,16 +29,18 @@ def drop_duplicates(rows: Iterable[Row]) -> tuple[list[Row], list[Refusal]]:
             kept.append(row)
         elif row.source == "base" and row.split == known.split and row.split in {"val", "test"}:
             kept.append(row)
-        elif row.label in {known.label, -1} and _mask_digest(row) == _mask_digest(known):
+        elif row.label in {known.label, -1} and row.places == known.places:
             refused.append(Refusal(row.id, "duplicate", f"has the same pixels as {known.id}"))
         else:
-            what = "mask" if row.mask else "label"
-            refused.append(Refusal(row.id, "conflicting_label", f"has the same pixels as {known.id}, but another {what}"))
+            what = "mask" if row.mask else "label" if row.boxes is None else "boxes"
+            refused.append(
+                Refusal(
+                    row.id,
+                    "conflicting_label",
+                    f"has the same pixels as {known.id}, but {'' if what == 'boxes' else 'an'}other {what}",
+                )
+            )
     return kept, refused
-
-
-def _mask_digest(row: Row) -> str:
-    return row.mask.digest if row.mask else ""
 
 
 def with_patients(rows: Sequence[Row]) -> list[Row]:
@@ -179,13 +181,13 @@ def refuse_leakage(rows: Iterable[Placed]) -> None:
 
 
 def require_classes(rows: Iterable[Row], labels: Sequence[str]) -> None:
-    """Training, validation and test each need every label: one without images, or that no mask shows, can be neither learned
-    nor judged.
+    """Training, validation and test each need every label: one without images, or that no mask or box shows, can be neither
+    learned nor judged.
 
     Raises:
         DataError: with what to change.
     """
-    counts = Counter((row.split, label) for row in rows for label in (row.mask.classes if row.mask else (row.label,)))
+    counts = Counter((row.split, label) for row in rows for label in row.classes)
     for split, cure in (
         ("train", "give more"),
         ("val", "give more, or raise splits.val"),
@@ -197,8 +199,8 @@ def require_classes(rows: Iterable[Row], labels: Sequence[str]) -> None:
 
 
 def data_digest(rows: Iterable[Row]) -> str:
-    """SHA-256 over the sorted lines of id, label, split and pixel digest, and the mask's where there is one."""
-    lines = sorted(f"{row.id} {row.label} {row.split} {row.digest} {_mask_digest(row)}".rstrip(" ") + "\n" for row in rows)
+    """SHA-256 over the sorted lines of id, label, split and pixel digest, and that of its mask or boxes where it has some."""
+    lines = sorted(f"{row.id} {row.label} {row.split} {row.digest} {row.places}".rstrip(" ") + "\n" for row in rows)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

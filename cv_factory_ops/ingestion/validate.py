@@ -18,6 +18,7 @@ from cv_factory_ops.ingestion.decode import as_levels, decode
 from cv_factory_ops.ingestion.manifest import Refusal, Row, StoredMask
 from cv_factory_ops.ingestion.masks import read_mask
 from cv_factory_ops.ingestion.pixels import PixelWriter, pixel_digest
+from cv_factory_ops.ingestion.sources.boxes import checked
 from cv_factory_ops.ingestion.sources.item import Item, Ref
 
 SAMPLED_SIDE = 128
@@ -69,7 +70,7 @@ class Validated:
             check(image, item.patient, self._settings.rules)
         except Rejected as error:
             return Refusal(id, error.code, str(error))
-        pixels, mask = image.image, None
+        pixels, mask, boxes = image.image, None, None
         if item.mask:
             try:
                 classes = read_mask(item.mask.uri, self._domain, image, labels)
@@ -80,6 +81,12 @@ class Validated:
             counts = np.bincount(classes.ravel(), minlength=len(labels))
             mask = StoredMask(place, pixel_digest(levels), tuple(int(c) for c in np.flatnonzero(counts)))
             label = 1 + int(counts[1:].argmax()) if counts[1:].any() else 0
+        if item.boxes is not None:
+            try:
+                boxes = checked(item.boxes, labels, pixels.shape)
+            except Rejected as error:
+                return Refusal(id, error.code, str(error))
+            label = int(max(boxes, key=lambda box: (box[3] - box[1]) * (box[4] - box[2]))[0]) if boxes else 0
         row_spacing, column_spacing = image.spacing or (None, None)
         return Row(
             id=id,
@@ -101,6 +108,7 @@ class Validated:
             pseudo=labels.index(item.pseudo) if item.pseudo else -1,
             mask=mask,
             report=item.report,
+            boxes=boxes,
         )
 
 

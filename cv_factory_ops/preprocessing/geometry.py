@@ -1,4 +1,5 @@
-"""Where the pixels of the model's input lie in the image: what takes a mask the same way as its image, and an answer back."""
+"""Where the pixels of the model's input lie in the image: what takes masks and boxes the same way as their image, and answers
+back."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from cv_factory_ops.config import (
     Step,
 )
 from cv_factory_ops.errors import Rejected
+from cv_factory_ops.ingestion.manifest import Boxes as Boxes
 
 Spacing = tuple[float, float] | None
 """Distance of neighbouring rows and of neighbouring columns in mm, where it is known."""
@@ -141,6 +143,25 @@ class Geometry:
     def restore(self, answer: Mask) -> Mask:
         """A mask of the model's input as one of the image, by the nearest pixel; 0 where the model has not looked."""
         return _picked(answer, self.rows.targets(self.shape[0]), self.columns.targets(self.shape[1]))
+
+    def prepare_boxes(self, boxes: Boxes) -> Boxes:
+        """The boxes of the image as those of the model's input, cut where that ends; without those whose middle it does not
+        show."""
+        found, is_shown = boxes.copy(), np.ones(len(boxes), bool)
+        for sides, axis in (([1, 3], self.columns), ([2, 4], self.rows)):
+            moved = (boxes[:, sides] - axis.begin) / axis.step
+            is_shown &= (moved.mean(1) >= 0) & (moved.mean(1) < axis.count)
+            found[:, sides] = moved.clip(0, axis.count)
+        shown: Boxes = found[is_shown]
+        return shown
+
+    def restore_boxes(self, boxes: Boxes) -> Boxes:
+        """Boxes of the model's input as those of the image, cut where that ends; without those that lie in padding."""
+        found, (rows, columns) = boxes.copy(), self.shape
+        for sides, axis, length in (([1, 3], self.columns, columns), ([2, 4], self.rows, rows)):
+            found[:, sides] = (axis.begin + boxes[:, sides] * axis.step).clip(0, length)
+        inside: Boxes = found[(found[:, 3:5] > found[:, 1:3]).all(1)]
+        return inside
 
 
 def _picked(mask: Mask, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Mask:

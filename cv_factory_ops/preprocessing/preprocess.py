@@ -20,7 +20,7 @@ import numpy as np
 from cv_factory_ops import storage
 from cv_factory_ops.config import PreprocessingConfig
 from cv_factory_ops.errors import DataError, Rejected
-from cv_factory_ops.ingestion.manifest import image_groups, read_group, read_manifest, read_masks
+from cv_factory_ops.ingestion.manifest import Boxes, as_boxes, image_groups, read_group, read_manifest, read_masks
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.preprocessing import shards
 from cv_factory_ops.preprocessing.geometry import Geometry
@@ -39,6 +39,8 @@ JOURNAL = ".done"
 """A line a group of images that is safely on disk, by the digest of its ids; what an interrupted run goes on from."""
 JOURNAL_SECONDS = 5.0
 """Time between two entries: each waits until the disk has all that was written."""
+PREPARED = "prepared_boxes"
+"""Column of the shards' rows: boxes in pixels of the model's input, as ``boxes`` has them in those of the image."""
 CHUNK = 16
 """Images that moments are computed from at a time: few enough that the sums stay in the processor's cache."""
 
@@ -79,6 +81,8 @@ def write_shards(out: Path, folder: Path, config: PreprocessingConfig, image: Se
     splits = {str(split): rows.reset_index(drop=True) for split, rows in by_id.groupby("split", sort=True)}
     arrays, places = list[Images](), dict[str, _Place]()
     for split, rows in splits.items():
+        if "boxes" in rows:
+            rows[PREPARED] = [boxes.ravel() for boxes in prepared_boxes(rows, config)]
         rows.to_parquet(out / f"{split}.parquet", index=False)
         kinds = (False, True) if "mask_offset" in rows else (False,)
         of_split = [shards.create(out, split, len(rows), image, masks) for masks in kinds]
@@ -190,6 +194,12 @@ def geometries(rows: pd.DataFrame, config: PreprocessingConfig) -> Iterator[Geom
     known = spacings(rows)
     for row_id, height, width in zip(rows["id"], rows["rows"], rows["columns"], strict=True):
         yield Geometry.of((height, width), config, known[row_id])
+
+
+def prepared_boxes(rows: pd.DataFrame, config: PreprocessingConfig) -> Iterator[Boxes]:
+    """The boxes of each of these rows of the manifest, in pixels of the model's input."""
+    for boxes, geometry in zip(as_boxes(rows["boxes"]), geometries(rows, config), strict=True):
+        yield geometry.prepare_boxes(boxes)
 
 
 def moments(images: Images) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 <split>-00000.npy ...   (n, size, size) or (n, size, size, 3) uint16, 0..65535 being 0..1; at most SHARD_BYTES each
 masks-<split>-00000.npy ...  (n, size, size) uint8, the class of each pixel, where there are masks: as many in a file
-<split>.parquet         the rows of the manifest, in the order of the images
+<split>.parquet         the rows of the manifest, in the order of the images; where there are boxes, also those of the model's
+                        input (prepared_boxes)
 shards.json             the index: how many images in which file, sizes and SHA-256 of all files
 """
 

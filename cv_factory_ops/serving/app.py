@@ -188,6 +188,8 @@ class Container:
         probabilities, embedding = (np.stack(values) for values in zip(*outputs, strict=True))
         answer = self.predictor.conclude(inputs, probabilities, embedding)
         self.metrics.count(answer.predictions)
+        if asked.wants_study and self.predictor.manifest.task == "detection":
+            raise Refused(406, "accept", "boxes are told in JSON, not as a study; ask for JSON")
         if asked.similar and asked.wants_study and self.predictor.manifest.task == "segmentation":
             raise Refused(406, "accept", "a segmentation says nothing of similar studies; ask for JSON")
         told = self._with_similar(answer, inputs, embedding, asked.similar) if asked.similar else answer

@@ -1,7 +1,7 @@
 """What a training asks of the network: each objective turns a batch into a loss, and leaves a classifier.
 
-Supervised training and fine-tuning share one, or one for masks; contrastive training and FixMatch are others. Each rank sees
-its own images; DDP averages the gradients.
+Supervised training and fine-tuning share one, or one for masks or boxes; contrastive training and FixMatch are others. Each
+rank sees its own images; DDP averages the gradients.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cv_factory_ops.config import AugmentConfig, ContrastiveConfig, FineTuning, FixMatchConfig, SupervisedConfig, TrainingConfig
+from cv_factory_ops.detection import anchors
 from cv_factory_ops.errors import DataError
-from cv_factory_ops.models import Classifier, Segmenter
-from cv_factory_ops.training.data import Shard, augment, augment_with_masks, mix
+from cv_factory_ops.models import Classifier, Detector, Segmenter
+from cv_factory_ops.training.data import Shard, augment, augment_with_boxes, augment_with_masks, mix
 
 
 class Objective(Protocol):
@@ -27,20 +28,23 @@ class Objective(Protocol):
         """What DDP wraps: the network with whatever else is learned beside it."""
 
     def loss(self, parallel: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of this rank's images (n, channels, H, W) in 0..1 and labels (n,), or masks (n, H, W); ``parallel`` is
-        ``module`` under DDP."""
+        """Mean loss of this rank's images (n, channels, H, W) in 0..1 and labels (n,), masks (n, H, W) or boxes (n, most, 5);
+        ``parallel`` is ``module`` under DDP."""
 
 
 def open_objective(
     config: TrainingConfig, network: Classifier, class_weights: Tensor | None, unlabelled: Shard | None
 ) -> Objective:
-    """The objective that a training declares; for a network that answers for pixels, the one that learns from masks.
+    """The objective that a training declares; for a network that answers for pixels or with boxes, the one that learns
+    from masks or boxes.
 
     Raises:
         DataError: it needs unlabelled images, and there are none.
     """
     if isinstance(network, Segmenter):
         return Segmentation(config, network, class_weights)
+    if isinstance(network, Detector):
+        return Detection(config, network)
     supervised = Supervised(config, network, class_weights)
     match config.objective:
         case SupervisedConfig() | FineTuning():
@@ -99,6 +103,58 @@ class Segmentation:
         images, masks = augment_with_masks(images, labels, self.module.classes, self._augment)
         loss: Tensor = self._loss(parallel(images)[0].float(), masks[:, None])
         return loss
+
+
+class Detection:
+    """Focal loss of all anchors (Lin et al. 2017) and, of those that stand for a box, smooth L1 of how it differs from them,
+    each divided by the number of these anchors.
+
+    Which anchors stand for a box, is found by ATSS (Zhang et al. 2020): of the nearest of each resolution those that overlap it
+    more than most.
+    """
+
+    def __init__(self, config: TrainingConfig, network: Detector) -> None:
+        from monai.apps.detection.utils.ATSS_matcher import ATSSMatcher
+        from monai.apps.detection.utils.box_coder import BoxCoder
+        from monai.data.box_utils import box_iou
+
+        self.module = network
+        self._augment = config.augment
+        self._matcher = ATSSMatcher(NEAREST, box_iou, center_in_gt=False)
+        self._coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+
+    def loss(self, parallel: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        from monai.losses.focal_loss import sigmoid_focal_loss
+
+        images, boxes = augment_with_boxes(images, labels, self._augment)
+        outputs = parallel(images)[0].float()
+        squares, places = self._anchors(images.shape[2], images.device)
+        logits, targets = outputs[..., 4:], torch.zeros_like(outputs[..., 4:])
+        differences, count = outputs.new_zeros(()), 0
+        for number, of_image in enumerate(boxes):
+            known = of_image[of_image[:, 0] > 0]
+            if not len(known):
+                continue
+            owners = self._matcher.compute_matches(known[:, 1:], squares, places, 1)[1]
+            at = torch.nonzero(owners >= 0).squeeze(1)
+            matched = known[owners[at]]
+            targets[number, at, matched[:, 0].long() - 1] = 1
+            wanted = self._coder.encode_single(matched[:, 1:], squares[at])
+            differences = differences + functional.smooth_l1_loss(outputs[number, at, :4], wanted, reduction="sum", beta=BETA)
+            count += len(at)
+        loss: Tensor = (sigmoid_focal_loss(logits, targets, 2.0, 0.25).sum() + differences) / max(count, 1)
+        return loss
+
+    def _anchors(self, size: int, device: torch.device) -> tuple[Tensor, list[int]]:
+        """(anchors, 4), and how many are of each resolution."""
+        config = self.module.config
+        return torch.from_numpy(anchors(config, size)).to(device), [(size // stride) ** 2 for stride in config.strides]
+
+
+NEAREST = 9
+"""Anchors of each resolution that may stand for a box (Zhang et al. 2020)."""
+BETA = 1 / 9
+"""Difference from which on smooth L1 is straight (Lin et al. 2017)."""
 
 
 class Contrastive:

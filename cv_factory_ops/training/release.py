@@ -13,16 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 import cv_factory_ops
-from cv_factory_ops import segmentation
+from cv_factory_ops import detection, segmentation
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, missing_to_nan
 from cv_factory_ops.calibration import fit_temperature, least_confidence, operating_point, tempered
 from cv_factory_ops.config import CalibrationConfig
 from cv_factory_ops.domain import Kind, open_domain
+from cv_factory_ops.ingestion.manifest import as_boxes
 from cv_factory_ops.metrics import Labels, Scores
-from cv_factory_ops.models import Classifier, Segmenter
+from cv_factory_ops.models import Classifier, Detector, Segmenter
 from cv_factory_ops.predictor import features, in_batches, infer, told
 from cv_factory_ops.preprocessing.embedders import Embedder, fit_embedder
-from cv_factory_ops.preprocessing.preprocess import geometries
+from cv_factory_ops.preprocessing.preprocess import PREPARED, geometries
 from cv_factory_ops.preprocessing.shards import one_a_patient, read_rows
 from cv_factory_ops.preprocessing.statistics import image_statistics
 from cv_factory_ops.training.data import Shard
@@ -46,8 +47,12 @@ def write_bundle(assignment: Assignment, network: Classifier, device: torch.devi
     embedder = fit_embedder(config.embedding, train.images, device)
     learned = np.concatenate([embedding for _, embedding in in_batches(network, train.images.every(step), embedder)])
     pca = fit_pca(learned, config.training.embedding_components)
+    overlap = None
     if isinstance(network, Segmenter):
         (temperature, threshold, abstention), (answers, embedding) = UNCALIBRATED, _answers(assignment, network, val, embedder)
+    elif isinstance(network, Detector):
+        temperature, _, abstention = UNCALIBRATED
+        overlap, threshold, answers, embedding = _boxes(assignment, network, val, embedder)
     else:
         probabilities, embedding = infer(network, val.images, embedder)
         temperature, threshold, abstention = calibrate(val.labels, probabilities, config.calibration)
@@ -65,6 +70,7 @@ def write_bundle(assignment: Assignment, network: Classifier, device: torch.devi
         mean=assignment.mean,
         std=assignment.std,
         threshold=threshold,
+        overlap=overlap,
         temperature=temperature,
         abstention=abstention,
         features=kinds,
@@ -86,6 +92,29 @@ def _answers(
         answers += [{**segmentation.told(each, next(places).weights())} for each in probabilities]
         embeddings.append(embedding)
     return answers, np.concatenate(embeddings)
+
+
+def _boxes(
+    assignment: Assignment, network: Detector, val: Shard, embedder: Embedder | None
+) -> tuple[float, float, list[dict[str, str | float]], NDArray[np.float32]]:
+    """What validation chooses of a detector, overlap and threshold; what its answers then say of themselves; its embedding."""
+    read, classes = detection.Reader(network.config, assignment.config.preprocessing.size), network.classes
+    found, embeddings = list[detection.Found](), []
+    for outputs, embedding in in_batches(network, val.images, embedder):
+        found += [read.candidates(output) for output in outputs]
+        embeddings.append(embedding)
+    rows = read_rows(assignment.shards, "val")
+    truths = as_boxes(rows[PREPARED])
+    overlap = detection.chosen_overlap(truths, found, classes)
+    found = [detection.suppressed(boxes, overlap) for boxes in found]
+    threshold = detection.chosen_threshold(
+        [detection.matched(truth, boxes, classes) for truth, boxes in zip(truths, found, strict=True)], classes
+    )
+    places = geometries(rows, assignment.config.preprocessing)
+    answers = list[dict[str, str | float]]()
+    for place, boxes in zip(places, found, strict=True):
+        answers.append({**detection.told(place.restore_boxes(boxes), threshold)})
+    return overlap, threshold, answers, np.concatenate(embeddings)
 
 
 def calibrate(labels: Labels, probabilities: Scores, config: CalibrationConfig) -> tuple[float, float, float]:
@@ -117,8 +146,8 @@ def reference_table(
     residual: NDArray[np.float64],
 ) -> tuple[pd.DataFrame, dict[str, Kind]]:
     """The features of a split's images, and the kind of each; metadata that no image has is left out. ``answers`` are those of
-    :func:`cv_factory_ops.predictor.told` or :func:`cv_factory_ops.segmentation.told`, ``components`` and ``residual`` those of
-    :class:`cv_factory_ops.bundle.Pca`.
+    :func:`cv_factory_ops.predictor.told`, :func:`cv_factory_ops.segmentation.told` or :func:`cv_factory_ops.detection.told`,
+    ``components`` and ``residual`` those of :class:`cv_factory_ops.bundle.Pca`.
 
     One image a patient: the tests that drift is found by hold for independent rows.
     """

@@ -45,7 +45,7 @@ SAVE_SECONDS = 18.0
 """Time for a last checkpoint after SIGTERM: less than the half minute that Kubernetes gives a pod."""
 
 
-VALIDATION = {"auc": "AUC", "dice": "Dice"}
+VALIDATION = {"auc": "AUC", "dice": "Dice", "map": "mAP"}
 """What an epoch may be judged by, in words."""
 
 
@@ -115,11 +115,12 @@ class Outcome(Frozen):
     best_epoch: int
     val_auc: float | None = None
     val_dice: float | None = None
-    """Which of both there is, is the task's."""
+    val_map: float | None = None
+    """Which of them there is, is the task's."""
     images_per_second: float
     world_size: int
     history: list[float]
-    """Validation AUC, or Dice, of each epoch."""
+    """Validation AUC, Dice or mAP, of each epoch."""
     parameters: int
     """Weights of the network."""
     earlier_seconds: float

@@ -27,6 +27,7 @@ from cv_factory_ops.config import (
     as_uri,
 )
 from cv_factory_ops.errors import DataError
+from cv_factory_ops.ingestion.sources.boxes import Annotations, open_annotations
 from cv_factory_ops.ingestion.sources.inbox import Inbox
 from cv_factory_ops.ingestion.sources.item import Item as Item
 from cv_factory_ops.ingestion.sources.item import Opened as Opened
@@ -60,10 +61,10 @@ def open_base(stage: Stage, *, with_labels: bool = True) -> Opened:
 
     source = stage.config.data.source
     table_uri = _label_table(stage, source)
-    masks = open_masks(stage, source, table_uri) if stage.config.task == "segmentation" else None
-    opened = _open(stage, source, table_uri, masks)
-    if masks:
-        return replace(opened, items=masks.given_to(opened.items)) if with_labels else opened
+    places = _open_places(stage, source, table_uri)
+    opened = _open(stage, source, table_uri, places)
+    if places:
+        return replace(opened, items=places.given_to(opened.items)) if with_labels else opened
     if not with_labels or not table_uri:
         return opened
     table = read_labels(table_uri, stage.config.labels, stage.domain, stage.config.data.report_column)
@@ -71,6 +72,19 @@ def open_base(stage: Stage, *, with_labels: bool = True) -> Opened:
         keep = stage.config.data.unlabelled == "keep"
         return replace(opened, items=label_files(opened.items, table, keep=keep))
     return replace(opened, table=table)
+
+
+def _open_places(stage: Stage, source: Source, table_uri: str) -> Masks | Annotations | None:
+    """Where things are in the images; None where a project learns only that they are."""
+    match stage.config.task:
+        case "classification":
+            return None
+        case "segmentation":
+            return open_masks(stage, source, table_uri)
+        case "detection":
+            return open_annotations(source, table_uri)
+        case task:
+            assert_never(task)
 
 
 def _label_table(stage: Stage, source: Source) -> str:
@@ -82,10 +96,10 @@ def _label_table(stage: Stage, source: Source) -> str:
     return as_uri(source.labels) if not isinstance(source, NpzSource | HttpSource | KafkaSource) and source.labels else ""
 
 
-def _open(stage: Stage, source: Source, table_uri: str, masks: Masks | None) -> Opened:
+def _open(stage: Stage, source: Source, table_uri: str, places: Masks | Annotations | None) -> Opened:
     from cv_factory_ops.ingestion.sources import arrays, files
 
-    hidden = {table_uri} | (masks.hidden if masks else set())
+    hidden = {table_uri} | (places.hidden if places else set())
     match source:
         case PhantomSource():
             return files.open_files(table_uri.rpartition("/")[0], stage, hidden)
@@ -156,7 +170,7 @@ def fingerprint(stage: Stage) -> str:
         case PhantomSource():
             pass
         case FileSource() as source:
-            places = [as_uri(place) for place in (source.path, source.labels, source.masks) if place]
+            places = [as_uri(place) for place in (source.path, source.labels, source.masks, source.boxes) if place]
         case NpzSource() as source:
             places = [as_uri(source.path)]
         case _:

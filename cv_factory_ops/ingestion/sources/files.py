@@ -37,7 +37,8 @@ def phantoms(stage: Stage, source: PhantomSource) -> str:
     """URI of the generated studies: made once for the same settings, complete or not there at all."""
     config = stage.config
     settings: list[object] = [cv_factory_ops.__version__, config.domain, config.labels, source.model_dump(mode="json")]
-    settings += ["masks"] if config.task == "segmentation" else []
+    places = {"segmentation": "masks", "detection": "boxes"}.get(config.task)
+    settings += [places] if places else []
     name = storage.text_digest(repr(settings))[:16]
     folder = (storage.path_of(config.root) or stage.workspace) / "phantoms"
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,8 @@ def phantoms(stage: Stage, source: PhantomSource) -> str:
                 image_size=source.image_size,
                 seed=source.seed,
                 labels=config.labels,
-                masks=config.task == "segmentation",
+                masks=places == "masks",
+                boxes=places == "boxes",
             )
             draft.rename(folder / name)
     return (folder / name).as_uri()

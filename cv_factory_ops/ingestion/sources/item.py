@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,17 @@ class Ref:
     """A file that the process which decodes it reads by itself."""
 
     uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class RawBox:
+    """An annotation of COCO."""
+
+    category: str
+    """Its name; empty where the annotations do not name it."""
+    bbox: Any
+    """Meant to be [left, top, width, height] in pixels."""
+    is_crowd: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,8 @@ class Item:
     """The champion's answer, where it may stand in for a label."""
     mask: Ref | None = None
     """Of a segmentation: where the classes of its pixels lie."""
+    boxes: tuple[RawBox, ...] | None = None
+    """Of a detection: as the annotations have them, not checked."""
     review: str = ""
     """Why a person should look at it: codes of the domain's de-identification, by commas."""
     report: str = ""
