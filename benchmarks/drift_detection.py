@@ -39,7 +39,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
-from cv_factory_ops.config import DriftConfig, SmallCnn
+from cv_factory_ops.config.drift import DriftConfig
+from cv_factory_ops.config.models import SmallCnn
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.drift import sequential
 from cv_factory_ops.drift.detect import compare, judge, sampled

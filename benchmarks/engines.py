@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import ResNet
+from cv_factory_ops.config.models import ResNet
 from cv_factory_ops.engine import OpenVino
 from cv_factory_ops.models import Classifier, build
 

@@ -31,7 +31,7 @@ import psutil
 import yaml
 
 from cv_factory_ops.bundle import pack
-from cv_factory_ops.config import ApiKeys
+from cv_factory_ops.config.serving import ApiKeys
 from cv_factory_ops.gateway.keys import make_key
 from tests.bundles import free_port, start_cvf, wait_until, write_bundle
 from tests.conftest import TINY

@@ -34,7 +34,7 @@ import yaml
 from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import (
+from cv_factory_ops.config.retrieval import (
     DenseRetriever,
     ExactReranker,
     FaissStore,

@@ -48,7 +48,8 @@ from numpy.typing import NDArray
 
 from benchmarks.serving_plain import picture, save_for_mlflow
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, pack
-from cv_factory_ops.config import PreprocessingConfig, ResNet
+from cv_factory_ops.config.models import ResNet
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
 from cv_factory_ops.engine import open_engine
 from cv_factory_ops.models import build

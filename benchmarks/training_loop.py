@@ -32,7 +32,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cv_factory_ops.config import AugmentConfig, ResNet, SmallCnn, TrainingConfig
+from cv_factory_ops.config.models import ResNet, SmallCnn
+from cv_factory_ops.config.training import AugmentConfig, TrainingConfig
 from cv_factory_ops.models import build
 from cv_factory_ops.preprocessing.shards import Images
 from cv_factory_ops.training.data import Shard

@@ -36,7 +36,7 @@ import psutil
 import pyarrow
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import FaissIndex, FaissStore, FlatIndex, HnswIndex, IvfPqIndex
+from cv_factory_ops.config.retrieval import FaissIndex, FaissStore, FlatIndex, HnswIndex, IvfPqIndex
 from cv_factory_ops.features.faiss_store import FaissVectors
 from cv_factory_ops.features.stores import Filter, Item
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from cv_factory_ops import registry, storage
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import KafkaTopic, ProjectConfig, as_uri
+from cv_factory_ops.config import ProjectConfig, as_uri
+from cv_factory_ops.config.sources import KafkaTopic
 from cv_factory_ops.domain import Decoded, Decoding, open_domain
 from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.ingestion import sources

@@ -27,7 +27,11 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import AnyModel, Decoding, Embedding, ModelEmbedding, PreprocessingConfig, RetinaNet, TaskName, Unet
+from cv_factory_ops.config.data import Decoding
+from cv_factory_ops.config.embeddings import Embedding, ModelEmbedding
+from cv_factory_ops.config.models import AnyModel, RetinaNet, Unet
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
+from cv_factory_ops.config.sources import TaskName
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.records import Frozen

@@ -6,7 +6,7 @@ from typing import assert_never
 
 import numpy as np
 
-from cv_factory_ops.config import OperatingPoint, SensitivityPoint, SpecificityPoint, YoudenPoint
+from cv_factory_ops.config.evaluation import OperatingPoint, SensitivityPoint, SpecificityPoint, YoudenPoint
 from cv_factory_ops.metrics import Labels, Scores, Values, confidence, cumulative
 
 TEMPERATURES = (0.05, 20.0)

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
-    from cv_factory_ops.config import EXPLANATIONS
+    from cv_factory_ops.config.explanations import EXPLANATIONS
     from cv_factory_ops.stage import STAGES
 
     root = argparse.ArgumentParser(prog="cvf", description="Train, deploy, watch and retrain computer-vision models.")
@@ -398,7 +398,7 @@ def _receive(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from cv_factory_ops.config import EXPLANATIONS
+    from cv_factory_ops.config.explanations import EXPLANATIONS
     from cv_factory_ops.explainer import explain_file
 
     print(explain_file(options.bundle, options.image, EXPLANATIONS[options.method], options.out))
@@ -478,7 +478,8 @@ def _endpoint(options: argparse.Namespace) -> int:
 
 
 def _deidentify(options: argparse.Namespace) -> int:
-    from cv_factory_ops.config import DeidentificationConfig, load
+    from cv_factory_ops.config import load
+    from cv_factory_ops.config.data import DeidentificationConfig
     from cv_factory_ops.deidentify import REVIEW, deidentify_files
     from cv_factory_ops.domain import open_domain
     from cv_factory_ops.errors import Rejected

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_factory_ops.answers import DetectedPrediction, FoundBox
-from cv_factory_ops.config import RetinaNet
+from cv_factory_ops.config.models import RetinaNet
 from cv_factory_ops.metrics import Values, Weights
 from cv_factory_ops.preprocessing.geometry import Boxes, Geometry
 

@@ -17,11 +17,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from cv_factory_ops.config import Decoding as Decoding
-from cv_factory_ops.config import DeidentificationConfig as DeidentificationConfig
-from cv_factory_ops.config import FixedWindow as FixedWindow
-from cv_factory_ops.config import FullWindow as FullWindow
 from cv_factory_ops.config import home
+from cv_factory_ops.config.data import Decoding as Decoding
+from cv_factory_ops.config.data import DeidentificationConfig as DeidentificationConfig
+from cv_factory_ops.config.data import FixedWindow as FixedWindow
+from cv_factory_ops.config.data import FullWindow as FullWindow
 from cv_factory_ops.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import cv_factory_ops
 from cv_factory_ops.answers import ExplainedAnswer as ExplainedAnswer
 from cv_factory_ops.answers import ExplainedPrediction, Explanation
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import ExplanationMethod
+from cv_factory_ops.config.explanations import ExplanationMethod
 from cv_factory_ops.domain import Decoded, Domain, open_domain
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.explanations import Faithfulness, Rgb, explain, faithfulness, overlay

@@ -19,17 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cv_factory_ops.answers import Faithfulness as Faithfulness
-from cv_factory_ops.config import (
-    EXPLANATIONS,
-    EnsembleModel,
-    ExplanationMethod,
-    GradCam,
-    IntegratedGradients,
-    Lime,
-    Model,
-    Shap,
-    Vit,
-)
+from cv_factory_ops.config.explanations import EXPLANATIONS, ExplanationMethod, GradCam, IntegratedGradients, Lime, Shap
+from cv_factory_ops.config.models import EnsembleModel, Model, Vit
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.models import Classifier, Detector, Segmenter
 from cv_factory_ops.preprocessing.pipeline import to_tensor

@@ -20,7 +20,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, basic_auth_handler
 from prometheus_client.registry import Collector
 
 from cv_factory_ops import audit, notify, trained
-from cv_factory_ops.config import ProjectConfig, PushgatewayConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.notifications import PushgatewayConfig
 from cv_factory_ops.drift.decisions import Decision, outcome, read, stored_uris
 from cv_factory_ops.errors import CvFactoryError, DataError
 from cv_factory_ops.records import DriftRecord, GateRecord, Record, Result, TrainRecord, public_name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cv_factory_ops.bundle import INDEX, Bundle
-from cv_factory_ops.config import CrossEncoderReranker, RetrievalConfig
+from cv_factory_ops.config.retrieval import CrossEncoderReranker, RetrievalConfig
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.engine import open_engine
 from cv_factory_ops.errors import ConfigError, DataError

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from cv_factory_ops.config import KafkaSource, KafkaTopic
+from cv_factory_ops.config.sources import KafkaSource, KafkaTopic
 from cv_factory_ops.errors import ConfigError, Rejected, Unavailable
 
 log = logging.getLogger("cvf")

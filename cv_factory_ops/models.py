@@ -13,12 +13,11 @@ from typing import Any, Self, assert_never
 import torch
 from torch import Tensor, nn
 
-from cv_factory_ops.config import (
+from cv_factory_ops.config.models import (
     AnyModel,
     DenseNet,
     EfficientNet,
     EnsembleModel,
-    FineTuning,
     Member,
     ResNet,
     RetinaNet,
@@ -26,6 +25,7 @@ from cv_factory_ops.config import (
     Unet,
     Vit,
 )
+from cv_factory_ops.config.training import FineTuning
 from cv_factory_ops.errors import ConfigError
 
 Stage = list[nn.Module | nn.Parameter]

@@ -29,11 +29,11 @@ from typing import assert_never
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from cv_factory_ops.config import (
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.notifications import (
     EmailNotification,
     Notification,
     NotificationEvent,
-    ProjectConfig,
     SlackNotification,
     WebhookNotification,
 )

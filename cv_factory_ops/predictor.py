@@ -15,7 +15,7 @@ from cv_factory_ops.answers import Answer as Answer
 from cv_factory_ops.answers import Prediction as Prediction
 from cv_factory_ops.bundle import Bundle, BundleManifest
 from cv_factory_ops.calibration import tempered
-from cv_factory_ops.config import RetinaNet
+from cv_factory_ops.config.models import RetinaNet
 from cv_factory_ops.domain import Decoded, Metadata
 from cv_factory_ops.errors import Rejected
 from cv_factory_ops.metrics import confidence, predicted

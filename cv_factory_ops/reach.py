@@ -9,16 +9,10 @@ import posixpath
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from cv_factory_ops.config import (
-    SECRET_VALUE,
-    ClaimVolume,
-    HostVolume,
-    KubernetesRuntime,
-    LocalDeploy,
-    PodSettings,
-    ProjectConfig,
-    Volume,
-)
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.deploy import LocalDeploy
+from cv_factory_ops.config.runtime import ClaimVolume, HostVolume, KubernetesRuntime, PodSettings, Volume
+from cv_factory_ops.config.values import SECRET_VALUE
 from cv_factory_ops.errors import ConfigError
 
 PSEUDONYMIZING = ("ingest", "predict")

@@ -20,7 +20,8 @@ from confluent_kafka import Message
 from cv_factory_ops import storage
 from cv_factory_ops.batch import BATCH, Outcome, Studies, Study, answered, champion_of
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import ProjectConfig, StreamConfig, home
+from cv_factory_ops.config import ProjectConfig, home
+from cv_factory_ops.config.serving import StreamConfig
 from cv_factory_ops.errors import ConfigError, Rejected, Unavailable
 from cv_factory_ops.ingestion.manifest import Refusal
 from cv_factory_ops.ingestion.readers import reading

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cv_factory_ops import captures
-from cv_factory_ops.config import NpzSource, PhantomSource, ProjectConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.sources import NpzSource, PhantomSource
 from cv_factory_ops.domain import open_domain
 from cv_factory_ops.errors import ConfigError, Unavailable
 from cv_factory_ops.ingestion.manifest import read_images, read_manifest

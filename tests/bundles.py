@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca
-from cv_factory_ops.config import FaissStore, PreprocessingConfig, RetrievalConfig, SmallCnn
+from cv_factory_ops.config.models import SmallCnn
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
+from cv_factory_ops.config.retrieval import FaissStore, RetrievalConfig
 from cv_factory_ops.features.index import MANIFEST, STORE, IndexManifest
 from cv_factory_ops.features.stores import Item, open_store
 from cv_factory_ops.models import build

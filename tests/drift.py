@@ -12,7 +12,13 @@ import pandas as pd
 
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, missing_to_nan
-from cv_factory_ops.config import DataConfig, DriftConfig, MlflowConfig, NpzSource, PreprocessingConfig, ProjectConfig, SmallCnn
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.data import DataConfig
+from cv_factory_ops.config.drift import DriftConfig
+from cv_factory_ops.config.models import SmallCnn
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
+from cv_factory_ops.config.project import MlflowConfig
+from cv_factory_ops.config.sources import NpzSource
 from cv_factory_ops.domain import Kind
 from cv_factory_ops.records import DriftRecord, Result
 from cv_factory_ops.stage import Stage, run_stage

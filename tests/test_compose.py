@@ -23,7 +23,8 @@ import pytest
 import yaml
 
 import cv_factory_ops
-from cv_factory_ops.config import ApiKeys, load
+from cv_factory_ops.config import load
+from cv_factory_ops.config.serving import ApiKeys
 from cv_factory_ops.gateway.keys import KeyRing
 from cv_factory_ops.stage import STAGES
 from local.compose_env import write

@@ -15,7 +15,10 @@ import pytest
 import yaml
 
 from cv_factory_ops import audit, captures, cli, refusals, stage, storage
-from cv_factory_ops.config import DataConfig, DecisionConfig, NpzSource, ProjectConfig, QuietHours
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.data import DataConfig
+from cv_factory_ops.config.drift import DecisionConfig, QuietHours
+from cv_factory_ops.config.sources import NpzSource
 from cv_factory_ops.drift.decide import decide, quiet_until
 from cv_factory_ops.drift.decisions import Decision, next_retraining, retrainings
 from cv_factory_ops.drift.performance import measured

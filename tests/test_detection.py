@@ -19,24 +19,13 @@ from starlette.testclient import TestClient
 from cv_factory_ops import detection
 from cv_factory_ops.answers import Answer, DetectedPrediction
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import (
-    AugmentConfig,
-    CropStep,
-    DeidentificationConfig,
-    EvaluationConfig,
-    FineTuning,
-    GateConfig,
-    GradCam,
-    PadStep,
-    PreprocessingConfig,
-    ProjectConfig,
-    ResizeStep,
-    RetinaNet,
-    SpacingStep,
-    Step,
-    TrainingConfig,
-    load,
-)
+from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.config.data import DeidentificationConfig
+from cv_factory_ops.config.evaluation import EvaluationConfig, GateConfig
+from cv_factory_ops.config.explanations import GradCam
+from cv_factory_ops.config.models import RetinaNet
+from cv_factory_ops.config.preprocessing import CropStep, PadStep, PreprocessingConfig, ResizeStep, SpacingStep, Step
+from cv_factory_ops.config.training import AugmentConfig, FineTuning, TrainingConfig
 from cv_factory_ops.deploy import golden
 from cv_factory_ops.detection import Found, Matched, anchors, candidates, matched, mean_average_precision, suppressed
 from cv_factory_ops.domain import Decoded

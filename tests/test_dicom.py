@@ -31,7 +31,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from cv_factory_ops.config import DeidentificationConfig, FileWindow
+from cv_factory_ops.config.data import DeidentificationConfig, FileWindow
 from cv_factory_ops.domain import Decoded, Decoding, FixedWindow, FullWindow, pseudonym
 from cv_factory_ops.errors import Rejected
 from domain_medical import DOMAIN

@@ -8,7 +8,9 @@ from typing import get_args
 import pytest
 import yaml
 
-from cv_factory_ops.config import KubernetesRuntime, ProjectConfig, Source
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.runtime import KubernetesRuntime
+from cv_factory_ops.config.sources import Source
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,9 @@ from confluent_kafka import Consumer
 from pynetdicom import AE, evt
 
 from cv_factory_ops import cli, storage
-from cv_factory_ops.config import PodSettings, SageMakerDeploy, load
+from cv_factory_ops.config import load
+from cv_factory_ops.config.deploy import SageMakerDeploy
+from cv_factory_ops.config.runtime import PodSettings
 from cv_factory_ops.doctor import checkup, cluster, endpoint, findings, machine
 from cv_factory_ops.doctor.findings import Check, Finding, carried_out, ok
 from cv_factory_ops.errors import ConfigError

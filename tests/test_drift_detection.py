@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binomtest, chi2_contingency, kruskal, permutation_test
 
-from cv_factory_ops.config import DriftConfig
+from cv_factory_ops.config.drift import DriftConfig
 from cv_factory_ops.domain import Kind, open_domain
 from cv_factory_ops.drift import detect, picture, sequential
 from cv_factory_ops.drift.detect import TOGETHER, Comparison, Verdict, compare, judge

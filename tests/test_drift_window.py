@@ -20,7 +20,8 @@ from scipy.stats import binomtest, chisquare
 
 from cv_factory_ops import captures, registry, storage
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import DriftConfig, load
+from cv_factory_ops.config import load
+from cv_factory_ops.config.drift import DriftConfig
 from cv_factory_ops.domain import open_domain
 from cv_factory_ops.drift import examples
 from cv_factory_ops.drift.detect import compare, judge

@@ -14,7 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cv_factory_ops.config import ChromaStore, FaissStore, MilvusStore, PineconeStore, VectorStoreConfig, WeaviateStore
+from cv_factory_ops.config.retrieval import (
+    ChromaStore,
+    FaissStore,
+    MilvusStore,
+    PineconeStore,
+    VectorStoreConfig,
+    WeaviateStore,
+)
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable
 from cv_factory_ops.features.chroma_store import ChromaVectors
 from cv_factory_ops.features.faiss_index import Vectors

@@ -21,7 +21,10 @@ from sklearn.calibration import calibration_curve
 from cv_factory_ops import registry
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca
 from cv_factory_ops.calibration import fit_temperature, operating_point, tempered
-from cv_factory_ops.config import CalibrationConfig, EvaluationConfig, PreprocessingConfig, SensitivityPoint, SmallCnn, load
+from cv_factory_ops.config import load
+from cv_factory_ops.config.evaluation import CalibrationConfig, EvaluationConfig, SensitivityPoint
+from cv_factory_ops.config.models import SmallCnn
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
 from cv_factory_ops.domain import Decoded, open_domain, to_uint16
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.evaluation import cards, pictures

@@ -24,24 +24,17 @@ from torch import Tensor, nn
 
 from cv_factory_ops import cli, registry
 from cv_factory_ops.bundle import Bundle, BundleManifest
-from cv_factory_ops.config import (
+from cv_factory_ops.config import load
+from cv_factory_ops.config.explanations import (
     EXPLANATIONS,
-    DenseNet,
-    EfficientNet,
-    EnsembleModel,
     ExplanationMethod,
     ExplanationsConfig,
     GradCam,
     IntegratedGradients,
     Lime,
-    Member,
-    Model,
-    ResNet,
     Shap,
-    SmallCnn,
-    Vit,
-    load,
 )
+from cv_factory_ops.config.models import DenseNet, EfficientNet, EnsembleModel, Member, Model, ResNet, SmallCnn, Vit
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
 from cv_factory_ops.errors import ConfigError, Rejected
 from cv_factory_ops.evaluation.bootstrap import Judged

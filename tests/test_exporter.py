@@ -20,7 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cv_factory_ops import audit, exporter, refusals, storage
 from cv_factory_ops import trained as trainings
-from cv_factory_ops.config import DecisionConfig, ProjectConfig, PushgatewayConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.drift import DecisionConfig
+from cv_factory_ops.config.notifications import PushgatewayConfig
 from cv_factory_ops.exporter import FAMILIES
 from cv_factory_ops.records import Performance, Quality
 from cv_factory_ops.stage import Order, run_stage

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import FaissStore, FlatIndex, HnswIndex, IvfPqIndex
+from cv_factory_ops.config.retrieval import FaissStore, FlatIndex, HnswIndex, IvfPqIndex
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.features import faiss_index, faiss_store
 from cv_factory_ops.features.faiss_store import FaissVectors
@@ -351,7 +351,7 @@ def test_a_full_disk_loses_nothing(small_disk: Callable[[str], Path]) -> None:
 WRITER = """
 import os, sys
 from pathlib import Path
-from cv_factory_ops.config import FaissStore, HnswIndex
+from cv_factory_ops.config.retrieval import FaissStore, HnswIndex
 from cv_factory_ops.features import faiss_index, faiss_store
 from tests.test_faiss_store import step_of, write_step
 

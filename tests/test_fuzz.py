@@ -42,7 +42,8 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from cv_factory_ops.config import DeidentificationConfig, load
+from cv_factory_ops.config import load
+from cv_factory_ops.config.data import DeidentificationConfig
 from cv_factory_ops.domain import Decoding, FixedWindow
 from cv_factory_ops.errors import ConfigError, Rejected
 

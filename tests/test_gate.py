@@ -10,7 +10,8 @@ import pytest
 from sklearn.metrics import recall_score, roc_auc_score
 
 from cv_factory_ops import registry, storage
-from cv_factory_ops.config import EvaluationConfig, GateConfig, SubgroupRule, load
+from cv_factory_ops.config import load
+from cv_factory_ops.config.evaluation import EvaluationConfig, GateConfig, SubgroupRule
 from cv_factory_ops.domain import open_domain
 from cv_factory_ops.evaluation.bootstrap import Judged
 from cv_factory_ops.evaluation.gate import difference_interval, in_subgroups, judge

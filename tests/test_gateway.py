@@ -44,7 +44,8 @@ from starlette.testclient import TestClient
 from cv_factory_ops import captures
 from cv_factory_ops.answers import ExplainedPrediction, Prediction
 from cv_factory_ops.cli import main
-from cv_factory_ops.config import ApiKeys, ProjectConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.serving import ApiKeys
 from cv_factory_ops.domain import Decoded
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.gateway.app import create_app
@@ -114,7 +115,7 @@ def dicom(**changes: str) -> bytes:
 
 
 def clean(study: bytes) -> bytes:
-    from cv_factory_ops.config import DeidentificationConfig
+    from cv_factory_ops.config.data import DeidentificationConfig
 
     return DOMAIN.deidentify(study, DeidentificationConfig(pixels="trust")).content
 

@@ -23,7 +23,9 @@ import yaml
 
 import cv_factory_ops
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import DeidentificationConfig, KubernetesRuntime, PodSettings, load
+from cv_factory_ops.config import load
+from cv_factory_ops.config.data import DeidentificationConfig
+from cv_factory_ops.config.runtime import KubernetesRuntime, PodSettings
 from cv_factory_ops.domain import Decoded, open_domain, to_uint16
 from tests.bundles import IMAGE, free_port, png, write_bundle
 from tests.conftest import TINY

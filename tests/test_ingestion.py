@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cv_factory_ops import captures, storage
-from cv_factory_ops.config import Decoding, ProjectConfig, SplitConfig, as_uri, load
+from cv_factory_ops.config import ProjectConfig, as_uri, load
+from cv_factory_ops.config.data import Decoding, SplitConfig
 from cv_factory_ops.domain import DeidentificationConfig, pseudonym
 from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.ingestion import splits

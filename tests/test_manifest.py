@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import pytest
 
-from cv_factory_ops.config import KubernetesRuntime, PodSettings, ProjectConfig, StageName
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.runtime import KubernetesRuntime, PodSettings, StageName
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.stage import STAGES
 from tests.conftest import TINY

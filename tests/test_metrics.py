@@ -11,7 +11,7 @@ from sklearn.frozen import FrozenEstimator
 
 from cv_factory_ops import metrics
 from cv_factory_ops.calibration import fit_temperature, least_confidence, negative_log_likelihood, operating_point, tempered
-from cv_factory_ops.config import SensitivityPoint, SpecificityPoint, YoudenPoint
+from cv_factory_ops.config.evaluation import SensitivityPoint, SpecificityPoint, YoudenPoint
 from cv_factory_ops.evaluation.bootstrap import percentile_interval, resamples
 
 

@@ -20,17 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import (
-    DenseNet,
-    EfficientNet,
-    FineTuning,
-    Model,
-    PreprocessingConfig,
-    ResNet,
-    SmallCnn,
-    Vit,
-    load,
-)
+from cv_factory_ops.config import load
+from cv_factory_ops.config.models import DenseNet, EfficientNet, Model, ResNet, SmallCnn, Vit
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
+from cv_factory_ops.config.training import FineTuning
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.models import Classifier, build, freeze, parameter_groups, stages
 from cv_factory_ops.pretrained import load_weights

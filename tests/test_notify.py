@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from cv_factory_ops import notify
-from cv_factory_ops.config import Notification, ProjectConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.notifications import Notification
 from cv_factory_ops.drift import report
 from cv_factory_ops.records import ApproveRecord, DecideRecord, PromoteRecord, Record, VerifyRecord
 from cv_factory_ops.stage import run_stage

@@ -16,13 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cv_factory_ops.config import (
-    AugmentConfig,
-    ContrastiveConfig,
-    FixMatchConfig,
-    SmallCnn,
-    TrainingConfig,
-)
+from cv_factory_ops.config.models import SmallCnn
+from cv_factory_ops.config.training import AugmentConfig, ContrastiveConfig, FixMatchConfig, TrainingConfig
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.models import Classifier, build
 from cv_factory_ops.preprocessing.shards import Images

@@ -29,7 +29,8 @@ from pydicom.uid import ComputedRadiographyImageStorage, JPEG2000Lossless, Multi
 from pynetdicom import AE, AllStoragePresentationContexts, _config, build_context
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import DicomWebSource, DimseSource, ReceivedSource, VideoSource, as_uri, load
+from cv_factory_ops.config import as_uri, load
+from cv_factory_ops.config.sources import DicomWebSource, DimseSource, ReceivedSource, VideoSource
 from cv_factory_ops.domain import DeidentificationConfig, Deidentified
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected, Unavailable
 from cv_factory_ops.ingestion.manifest import Refusal

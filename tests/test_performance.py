@@ -8,7 +8,8 @@ from scipy.stats import norm
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 from cv_factory_ops.bundle import BundleManifest
-from cv_factory_ops.config import PreprocessingConfig, SmallCnn, Unet
+from cv_factory_ops.config.models import SmallCnn, Unet
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
 from cv_factory_ops.drift.performance import auc_interval, estimated, expected_of_two, measured, proportion_interval
 from cv_factory_ops.records import Performance
 

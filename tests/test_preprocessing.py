@@ -20,7 +20,12 @@ from torch.nn import functional
 from cv_factory_ops import stage as stages
 from cv_factory_ops import storage
 from cv_factory_ops.bundle import Bundle, BundleManifest
-from cv_factory_ops.config import AugmentConfig, Decoding, Embedding, PreprocessingConfig, SmallCnn, Step, load
+from cv_factory_ops.config import load
+from cv_factory_ops.config.data import Decoding
+from cv_factory_ops.config.embeddings import Embedding
+from cv_factory_ops.config.models import SmallCnn
+from cv_factory_ops.config.preprocessing import PreprocessingConfig, Step
+from cv_factory_ops.config.training import AugmentConfig
 from cv_factory_ops.domain import Decoded, to_uint16
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.ingestion.decode import instances

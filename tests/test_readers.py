@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cv_factory_ops.config import ValidationConfig
+from cv_factory_ops.config.data import ValidationConfig
 from cv_factory_ops.ingestion.manifest import Refusal
 from cv_factory_ops.ingestion.readers import read_all
 from cv_factory_ops.ingestion.sources.item import Item

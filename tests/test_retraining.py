@@ -14,7 +14,8 @@ import yaml
 
 from cv_factory_ops import audit, captures, cli, refusals, registry, storage
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import DeidentificationConfig, ProjectConfig, load
+from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.config.data import DeidentificationConfig
 from cv_factory_ops.deploy.local import stop
 from cv_factory_ops.deploy.rollout import open_deployer
 from cv_factory_ops.deploy.verify import live

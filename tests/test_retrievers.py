@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cv_factory_ops.config import (
+from cv_factory_ops.config.retrieval import (
     CrossEncoderReranker,
     DenseRetriever,
     ExactReranker,

@@ -24,7 +24,9 @@ from sklearn.linear_model import LogisticRegression
 from cv_factory_ops import registry, storage
 from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.calibration import tempered
-from cv_factory_ops.config import EnsembleModel, ProjectConfig, SearchConfig, SmallCnn, load
+from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.config.models import EnsembleModel, SmallCnn
+from cv_factory_ops.config.search import SearchConfig
 from cv_factory_ops.errors import ConfigError, DataError, GateRefused
 from cv_factory_ops.metrics import auc
 from cv_factory_ops.models import Classifier, build

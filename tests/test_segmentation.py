@@ -28,23 +28,12 @@ from torch.nn import functional
 from cv_factory_ops import segmentation
 from cv_factory_ops.answers import SegmentedPrediction
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import (
-    AugmentConfig,
-    CropStep,
-    DeidentificationConfig,
-    EvaluationConfig,
-    FineTuning,
-    GateConfig,
-    PadStep,
-    PreprocessingConfig,
-    ProjectConfig,
-    ResizeStep,
-    SpacingStep,
-    Step,
-    TrainingConfig,
-    Unet,
-    load,
-)
+from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.config.data import DeidentificationConfig
+from cv_factory_ops.config.evaluation import EvaluationConfig, GateConfig
+from cv_factory_ops.config.models import Unet
+from cv_factory_ops.config.preprocessing import CropStep, PadStep, PreprocessingConfig, ResizeStep, SpacingStep, Step
+from cv_factory_ops.config.training import AugmentConfig, FineTuning, TrainingConfig
 from cv_factory_ops.deploy import golden
 from cv_factory_ops.domain import Decoded, Decoding
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
@@ -767,7 +756,7 @@ def test_golden_studies_hold_the_masks_that_an_endpoint_must_answer(lesions: Les
 
 
 def test_an_explanation_of_a_mask_is_refused_in_words(lesions: Lesions) -> None:
-    from cv_factory_ops.config import GradCam
+    from cv_factory_ops.config.explanations import GradCam
 
     explainer = Explainer(Predictor(lesions.bundle))
     with pytest.raises(ConfigError, match="a segmentation shows by its mask where it sees what"):

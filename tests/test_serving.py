@@ -35,7 +35,7 @@ from torch import nn
 
 from cv_factory_ops.answers import SegmentedPrediction
 from cv_factory_ops.bundle import Bundle, Pca, pack
-from cv_factory_ops.config import EfficientNet, EnsembleModel, Member, Model, ResNet, SmallCnn, Unet, Vit
+from cv_factory_ops.config.models import EfficientNet, EnsembleModel, Member, Model, ResNet, SmallCnn, Unet, Vit
 from cv_factory_ops.domain import Decoded, DeidentificationConfig, open_domain, to_uint16
 from cv_factory_ops.engine import OpenVino, open_engine
 from cv_factory_ops.errors import ConfigError, DataError, Rejected

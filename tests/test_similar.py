@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import INDEX, Bundle, pack, unpack
-from cv_factory_ops.config import RetrievalConfig
+from cv_factory_ops.config.retrieval import RetrievalConfig
 from cv_factory_ops.domain import DeidentificationConfig, open_domain
 from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.features.index import Index, read_manifest

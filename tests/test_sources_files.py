@@ -18,7 +18,8 @@ from PIL import Image
 from pydicom.fileset import FileSet
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import Decoding, ValidationConfig, as_uri, load
+from cv_factory_ops.config import as_uri, load
+from cv_factory_ops.config.data import Decoding, ValidationConfig
 from cv_factory_ops.domain import Decoded, pseudonym
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.ingestion.decode import decode

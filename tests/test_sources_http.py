@@ -20,7 +20,7 @@ import pydicom
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cv_factory_ops.config import HttpSource
+from cv_factory_ops.config.sources import HttpSource
 from cv_factory_ops.domain import Decoding, DeidentificationConfig, pseudonym
 from cv_factory_ops.errors import ConfigError, DataError, Rejected, Unavailable
 from cv_factory_ops.ingestion.decode import decode, without_metadata

@@ -19,7 +19,7 @@ import pytest
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from cv_factory_ops.batch import publish
-from cv_factory_ops.config import KafkaSource, KafkaTopic
+from cv_factory_ops.config.sources import KafkaSource, KafkaTopic
 from cv_factory_ops.domain import DeidentificationConfig, pseudonym
 from cv_factory_ops.errors import ConfigError, CvFactoryError, Unavailable
 from cv_factory_ops.ingestion.manifest import Refusal
@@ -249,7 +249,7 @@ class TestMessages:
 
 KILLED = """
 import os, signal, sys
-from cv_factory_ops.config import KafkaSource
+from cv_factory_ops.config.sources import KafkaSource
 from cv_factory_ops.domain import DeidentificationConfig
 from cv_factory_ops.ingestion.sources.inbox import Inbox
 from cv_factory_ops.ingestion.sources.kafka import fetch_messages

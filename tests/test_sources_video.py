@@ -22,7 +22,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cv_factory_ops.config import VideoSource, as_uri, load
+from cv_factory_ops.config import as_uri, load
+from cv_factory_ops.config.sources import VideoSource
 from cv_factory_ops.domain import pseudonym
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.ingestion.manifest import Refusal, read_manifest

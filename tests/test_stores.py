@@ -24,7 +24,7 @@ REOPEN = """
 import json, sys
 from pathlib import Path
 from pydantic import TypeAdapter
-from cv_factory_ops.config import VectorStoreConfig
+from cv_factory_ops.config.retrieval import VectorStoreConfig
 from cv_factory_ops.features.stores import open_store
 
 config, folder, name, dimensions, ids, query = json.load(sys.stdin)

@@ -9,7 +9,8 @@ import pytest
 from pydicom import dcmread
 from sklearn.metrics import roc_auc_score
 
-from cv_factory_ops.config import Decoding, PreprocessingConfig
+from cv_factory_ops.config.data import Decoding
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
 from cv_factory_ops.domain import Decoded
 from cv_factory_ops.preprocessing.pipeline import prepare
 from cv_factory_ops.preprocessing.statistics import image_statistics

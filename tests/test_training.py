@@ -21,7 +21,8 @@ import torch
 
 from cv_factory_ops import registry, storage, trained
 from cv_factory_ops.bundle import Bundle, unpack
-from cv_factory_ops.config import AugmentConfig, ProjectConfig, load
+from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.config.training import AugmentConfig
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.models import build
 from cv_factory_ops.predictor import infer
@@ -504,7 +505,7 @@ def test_an_archive_that_reaches_out_of_its_folder_is_refused(
 
 
 def test_shards_are_the_prepared_images_in_the_order_of_their_rows(run: str, home: Path) -> None:
-    from cv_factory_ops.config import PreprocessingConfig
+    from cv_factory_ops.config.preprocessing import PreprocessingConfig
     from cv_factory_ops.ingestion.manifest import read_images
     from cv_factory_ops.preprocessing.pipeline import prepare
     from cv_factory_ops.training.data import Shard

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import (
+from cv_factory_ops.config.retrieval import (
     ChromaStore,
     FaissStore,
     FlatIndex,

@@ -25,7 +25,8 @@ from azure.identity import DefaultAzureCredential
 from azure.storage.blob import ContainerClient
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import AzureDeploy, ProjectConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.deploy import AzureDeploy
 from cv_factory_ops.deploy.rollout import Release, settled
 from cv_factory_ops.deploy.shifting import Seen, refusal
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable

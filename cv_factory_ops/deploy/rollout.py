@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol, TypeVar, assert_never
 
 from cv_factory_ops import storage
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import AzureDeploy, LocalDeploy, ProjectConfig, SageMakerDeploy, VertexDeploy
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.deploy import AzureDeploy, LocalDeploy, SageMakerDeploy, VertexDeploy
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.evaluation.evidence import require_inputs
 from cv_factory_ops.features.index import require_made_for

@@ -26,14 +26,8 @@ from typing import Any
 
 from cv_factory_ops import captures, storage
 from cv_factory_ops.bundle import pack
-from cv_factory_ops.config import (
-    AsynchronousInference,
-    LocalDeploy,
-    ProjectConfig,
-    SageMakerDeploy,
-    ServerlessInference,
-    home,
-)
+from cv_factory_ops.config import ProjectConfig, home
+from cv_factory_ops.config.deploy import AsynchronousInference, LocalDeploy, SageMakerDeploy, ServerlessInference
 from cv_factory_ops.deploy import shapes
 from cv_factory_ops.deploy.rollout import BEFORE, IN_SERVICE, SERVES, Busy, Release, RolledOut, Serving, settled
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable

@@ -10,7 +10,8 @@ import re
 from typing import Any, assert_never
 
 from cv_factory_ops import captures, storage
-from cv_factory_ops.config import (
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.deploy import (
     AllAtOnceRollout,
     AsynchronousInference,
     Autoscaling,
@@ -19,7 +20,6 @@ from cv_factory_ops.config import (
     LinearRollout,
     LocalDeploy,
     MetricAlarm,
-    ProjectConfig,
     RealtimeInference,
     Rollout,
     SageMakerDeploy,

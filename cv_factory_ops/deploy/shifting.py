@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, assert_never
 
-from cv_factory_ops.config import AllAtOnceRollout, CanaryRollout, LinearRollout, ProjectConfig, Rollout
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.deploy import AllAtOnceRollout, CanaryRollout, LinearRollout, Rollout
 from cv_factory_ops.deploy.rollout import BEFORE, IN_SERVICE, SERVES, Busy, Release, RolledOut, Serving, settled
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable
 

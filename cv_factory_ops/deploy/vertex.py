@@ -22,7 +22,8 @@ from typing import Any
 from requests import RequestException
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import ProjectConfig, VertexDeploy
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.deploy import VertexDeploy
 from cv_factory_ops.deploy.rollout import Release, settled
 from cv_factory_ops.deploy.shifting import Seen, refusal
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Unavailable

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any, get_args
 
-from cv_factory_ops.config import (
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.runtime import (
     ClaimVolume,
     ConfigMapVolume,
     KubernetesRuntime,
     PodSettings,
-    ProjectConfig,
     SecretVolume,
     StageName,
     Toleration,

@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import TypeVar, assert_never
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import (
+from cv_factory_ops.config import ProjectConfig, as_uri
+from cv_factory_ops.config.runtime import KubernetesRuntime
+from cv_factory_ops.config.sources import (
     DicomWebSource,
     DimseSource,
     FileSource,
     HttpSource,
     KafkaSource,
     KafkaTopic,
-    KubernetesRuntime,
     NpzSource,
     PhantomSource,
-    ProjectConfig,
     ReceivedSource,
     VideoSource,
-    as_uri,
 )
 from cv_factory_ops.doctor.findings import QUESTION_SECONDS, CannotTell, Finding, fail, ok, warn
 from cv_factory_ops.domain import open_domain

@@ -15,14 +15,8 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any, assert_never
 
-from cv_factory_ops.config import (
-    AzureDeploy,
-    LocalDeploy,
-    ProjectConfig,
-    SageMakerDeploy,
-    ServerlessInference,
-    VertexDeploy,
-)
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.deploy import AzureDeploy, LocalDeploy, SageMakerDeploy, ServerlessInference, VertexDeploy
 from cv_factory_ops.deploy import local, sagemaker
 from cv_factory_ops.deploy.rollout import open_deployer
 from cv_factory_ops.doctor.findings import QUESTION_SECONDS, CannotTell, Check, Finding, fail, ok, warn

@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import KubernetesRuntime, PodSettings, ProjectConfig, home
+from cv_factory_ops.config import ProjectConfig, home
+from cv_factory_ops.config.runtime import KubernetesRuntime, PodSettings
 from cv_factory_ops.doctor.findings import CannotTell, Finding, fail, ok, warn
 from cv_factory_ops.domain import open_domain
 from cv_factory_ops.reach import PSEUDONYMIZING

@@ -7,17 +7,9 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import assert_never
 
-from cv_factory_ops.config import (
-    ApiKeys,
-    EmailNotification,
-    JwtAccess,
-    Notification,
-    OpenAccess,
-    ProjectConfig,
-    SlackNotification,
-    WebhookNotification,
-    home,
-)
+from cv_factory_ops.config import ProjectConfig, home
+from cv_factory_ops.config.notifications import EmailNotification, Notification, SlackNotification, WebhookNotification
+from cv_factory_ops.config.serving import ApiKeys, JwtAccess, OpenAccess
 from cv_factory_ops.doctor.data import reaches, topic
 from cv_factory_ops.doctor.findings import Finding, fail, ok, warn
 

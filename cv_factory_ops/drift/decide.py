@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, assert_never
 from zoneinfo import ZoneInfo
 
 from cv_factory_ops import audit, captures, refusals, storage
-from cv_factory_ops.config import (
-    AgeTrigger,
-    DriftTrigger,
-    PerformanceTrigger,
-    ProjectConfig,
-    QuietHours,
-    Trigger,
-    VolumeTrigger,
-)
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.drift import AgeTrigger, DriftTrigger, PerformanceTrigger, QuietHours, Trigger, VolumeTrigger
 from cv_factory_ops.drift.decisions import Considered, Decision, Rule, keep, minute, read, retrainings, stamp, stored_uri
 from cv_factory_ops.records import DecideRecord, DriftRecord, Performance, feature_of
 from cv_factory_ops.stage import read_result

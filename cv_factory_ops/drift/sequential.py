@@ -29,7 +29,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from cv_factory_ops.config import DriftConfig
+from cv_factory_ops.config.drift import DriftConfig
 from cv_factory_ops.drift.detect import TOGETHER, Comparison
 from cv_factory_ops.groups import TOLD
 from cv_factory_ops.records import SlowDriftState, SlowSeries

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cv_factory_ops.config import DriftConfig
+from cv_factory_ops.config.drift import DriftConfig
 from cv_factory_ops.drift.detect import Comparison, number_scores
 from cv_factory_ops.groups import MISSING, group_of, in_order, names
 from cv_factory_ops.metrics import Mask

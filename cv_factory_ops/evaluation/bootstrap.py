@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import BundleManifest
-from cv_factory_ops.config import EvaluationConfig
+from cv_factory_ops.config.evaluation import EvaluationConfig
 from cv_factory_ops.metrics import Labels, Mask, Scores, Values, Weights, classification, predicted, resampled
 
 if TYPE_CHECKING:

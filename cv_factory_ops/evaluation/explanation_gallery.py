@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from cv_factory_ops.config import ExplanationsConfig
+from cv_factory_ops.config.explanations import ExplanationsConfig
 from cv_factory_ops.evaluation.bootstrap import Judged
 from cv_factory_ops.explanations import Faithfulness, Rgb, explain, faithfulness, overlay, picture
 from cv_factory_ops.models import Classifier

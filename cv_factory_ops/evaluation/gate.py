@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cv_factory_ops import protocol, registry
 from cv_factory_ops.bundle import Bundle
-from cv_factory_ops.config import GateConfig, SubgroupRule
+from cv_factory_ops.config.evaluation import GateConfig, SubgroupRule
 from cv_factory_ops.evaluation.bootstrap import Interval, patients_of, percentile_interval, resamples
 from cv_factory_ops.evaluation.gate_picture import draw
 from cv_factory_ops.evaluation.tasks import sampled

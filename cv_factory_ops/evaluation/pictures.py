@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cv_factory_ops.calibration import tempered
-from cv_factory_ops.config import EvaluationConfig
+from cv_factory_ops.config.evaluation import EvaluationConfig
 from cv_factory_ops.evaluation.bootstrap import Judged, percentile_interval
 from cv_factory_ops.evaluation.subgroups import is_worse
 from cv_factory_ops.metrics import (

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle, BundleManifest
-from cv_factory_ops.config import EvaluationConfig
+from cv_factory_ops.config.evaluation import EvaluationConfig
 from cv_factory_ops.evaluation.bootstrap import Interval, patients_of, percentile_interval, resamples
 from cv_factory_ops.ingestion.manifest import read_masks
 from cv_factory_ops.metrics import Labels, Mask, Values, Weights, share

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from cv_factory_ops.config import EvaluationConfig
+from cv_factory_ops.config.evaluation import EvaluationConfig
 from cv_factory_ops.domain import Domain
 from cv_factory_ops.evaluation.bootstrap import Measured
 from cv_factory_ops.groups import group_of, in_order, names

@@ -11,7 +11,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cv_factory_ops.bundle import Bundle, BundleManifest
-from cv_factory_ops.config import ProjectConfig, TaskName
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.sources import TaskName
 from cv_factory_ops.evaluation import box_pictures, detection, mask_pictures, pictures, segmentation
 from cv_factory_ops.evaluation.bootstrap import Judged, Measured, probabilities_of
 from cv_factory_ops.evaluation.detection import JudgedBoxes

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import ChromaStore
+from cv_factory_ops.config.retrieval import ChromaStore
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.features.engine import Engine, Record, login, writable
 from cv_factory_ops.features.fields import Clause, fields, metadata_of, plain

@@ -19,7 +19,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import FaissIndex, FlatIndex, HnswIndex, IvfPqIndex
+from cv_factory_ops.config.retrieval import FaissIndex, FlatIndex, HnswIndex, IvfPqIndex
 from cv_factory_ops.features.checks import Metric, distances
 
 FEW = 10_000

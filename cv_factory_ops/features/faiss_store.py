@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import FaissIndex, FaissStore, FlatIndex, IvfPqIndex
+from cv_factory_ops.config.retrieval import FaissIndex, FaissStore, FlatIndex, IvfPqIndex
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.features.checks import TIED, Metric, checked, checked_query
 from cv_factory_ops.features.faiss_index import Admitted, Vectors, worthwhile

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cv_factory_ops.answers import Neighbour
-from cv_factory_ops.config import CrossEncoderReranker, RetrievalConfig
+from cv_factory_ops.config.retrieval import CrossEncoderReranker, RetrievalConfig
 from cv_factory_ops.domain import Kind, Metadata
 from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.features.retrievers import Query, Retriever

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import PineconeStore
+from cv_factory_ops.config.retrieval import PineconeStore
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.features.engine import Engine, Record, login, parts
 from cv_factory_ops.features.fields import Clause, fields, metadata_of, original, plain

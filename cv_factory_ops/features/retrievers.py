@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import (
+from cv_factory_ops.config.retrieval import (
     CrossEncoderReranker,
     DenseRetriever,
     ExactReranker,

@@ -19,7 +19,14 @@ from typing import Protocol, Self, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import ChromaStore, FaissStore, MilvusStore, PineconeStore, VectorStoreConfig, WeaviateStore
+from cv_factory_ops.config.retrieval import (
+    ChromaStore,
+    FaissStore,
+    MilvusStore,
+    PineconeStore,
+    VectorStoreConfig,
+    WeaviateStore,
+)
 from cv_factory_ops.errors import ConfigError
 
 Value = str | float

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import WeaviateStore
+from cv_factory_ops.config.retrieval import WeaviateStore
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.features.engine import Engine, Record, login
 from cv_factory_ops.features.fields import Clause, fields, metadata_of, original, plain

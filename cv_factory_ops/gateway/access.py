@@ -18,7 +18,7 @@ from limits.aio.strategies import MovingWindowRateLimiter
 from limits.errors import ConfigurationError, StorageError
 from limits.storage import storage_from_string
 
-from cv_factory_ops.config import Access, ApiKeys, GatewayConfig, JwtAccess, OpenAccess
+from cv_factory_ops.config.serving import Access, ApiKeys, GatewayConfig, JwtAccess, OpenAccess
 from cv_factory_ops.domain import pseudonym
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.gateway.keys import KeyRing

@@ -11,7 +11,8 @@ import re
 import secrets
 from typing import NamedTuple
 
-from cv_factory_ops.config import Access, ApiKeys, home
+from cv_factory_ops.config import home
+from cv_factory_ops.config.serving import Access, ApiKeys
 from cv_factory_ops.errors import ConfigError
 
 log = logging.getLogger("cvf")

@@ -11,7 +11,9 @@ import numpy as np
 from fastapi import Request
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from cv_factory_ops.config import DeidentificationConfig, GatewayConfig, ProjectConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.data import DeidentificationConfig
+from cv_factory_ops.config.serving import GatewayConfig
 from cv_factory_ops.domain import Domain, open_domain
 from cv_factory_ops.errors import Rejected
 from cv_factory_ops.ingestion.decode import PICTURES, SIGNATURES, UNKNOWN_TYPES, without_metadata

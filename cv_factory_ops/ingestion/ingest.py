@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import NpzSource
+from cv_factory_ops.config.sources import NpzSource
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion import sources, splits
 from cv_factory_ops.ingestion.labels import UNLABELLED

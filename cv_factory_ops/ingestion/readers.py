@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cv_factory_ops.config import ValidationConfig
+from cv_factory_ops.config.data import ValidationConfig
 from cv_factory_ops.ingestion.manifest import Refusal
 from cv_factory_ops.ingestion.sources.item import Item
 from cv_factory_ops.processes import die_with, keep_memory

@@ -12,7 +12,8 @@ import time
 
 from pynetdicom import evt
 
-from cv_factory_ops.config import ProjectConfig, ReceivedSource
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.sources import ReceivedSource
 from cv_factory_ops.domain import open_domain
 from cv_factory_ops.errors import ConfigError, CvFactoryError, unexpected
 from cv_factory_ops.ingestion.sources import inbox_uri, pacs

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from cv_factory_ops.config import SplitConfig
+from cv_factory_ops.config.data import SplitConfig
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion.manifest import Refusal, Row
 

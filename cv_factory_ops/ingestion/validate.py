@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import Decoding, ValidationConfig
+from cv_factory_ops.config.data import Decoding, ValidationConfig
 from cv_factory_ops.domain import Decoded, Domain, open_domain
 from cv_factory_ops.errors import CvFactoryError, DataError, Rejected
 from cv_factory_ops.ingestion.decode import as_levels, decode

@@ -9,14 +9,7 @@ from typing import assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import (
-    CropStep,
-    PadStep,
-    PreprocessingConfig,
-    ResizeStep,
-    SpacingStep,
-    Step,
-)
+from cv_factory_ops.config.preprocessing import CropStep, PadStep, PreprocessingConfig, ResizeStep, SpacingStep, Step
 from cv_factory_ops.errors import Rejected
 from cv_factory_ops.ingestion.manifest import Boxes as Boxes
 

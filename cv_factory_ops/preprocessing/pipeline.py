@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import (
+from cv_factory_ops.config.preprocessing import (
     ClipStep,
     ColorStep,
     CropStep,

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import PreprocessingConfig
+from cv_factory_ops.config.preprocessing import PreprocessingConfig
 from cv_factory_ops.errors import DataError, Rejected
 from cv_factory_ops.ingestion.manifest import Boxes, as_boxes, image_groups, read_group, read_manifest, read_masks
 from cv_factory_ops.ingestion.progress import with_progress

@@ -36,7 +36,7 @@ from starlette.routing import Route
 import cv_factory_ops
 from cv_factory_ops.answers import Answer, Neighbour, Prediction, SegmentedPrediction, SimilarAnswer
 from cv_factory_ops.bundle import INDEX, Bundle
-from cv_factory_ops.config import ExplanationMethod
+from cv_factory_ops.config.explanations import ExplanationMethod
 from cv_factory_ops.domain import Decoded, open_domain
 from cv_factory_ops.engine import open_engine
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected, Unavailable, without_values

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from cv_factory_ops.config import EXPLANATIONS, Decoding, ExplanationMethod
+from cv_factory_ops.config.data import Decoding
+from cv_factory_ops.config.explanations import EXPLANATIONS, ExplanationMethod
 from cv_factory_ops.domain import Decoded, Domain
 from cv_factory_ops.errors import Rejected
 from cv_factory_ops.features.index import MOST, TEXT

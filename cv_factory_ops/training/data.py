@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from cv_factory_ops.config import AugmentConfig, TrainingConfig
+from cv_factory_ops.config.training import AugmentConfig, TrainingConfig
 from cv_factory_ops.ingestion.manifest import Boxes, as_boxes
 from cv_factory_ops.preprocessing.pipeline import to_tensor
 from cv_factory_ops.preprocessing.preprocess import PREPARED

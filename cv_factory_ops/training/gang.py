@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 
 from cv_factory_ops import errors, storage
-from cv_factory_ops.config import TrainingConfig
+from cv_factory_ops.config.training import TrainingConfig
 from cv_factory_ops.errors import ConfigError, CvFactoryError, Interrupted, PeerLost, Unavailable
 from cv_factory_ops.processes import die_with
 from cv_factory_ops.records import Frozen

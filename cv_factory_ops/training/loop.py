@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cv_factory_ops.config import FineTuning, TrainingConfig
+from cv_factory_ops.config.training import FineTuning, TrainingConfig
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.ingestion.progress import with_progress
 from cv_factory_ops.models import Classifier, freeze, parameter_groups

@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cv_factory_ops.config import AugmentConfig, ContrastiveConfig, FineTuning, FixMatchConfig, SupervisedConfig, TrainingConfig
+from cv_factory_ops.config.training import (
+    AugmentConfig,
+    ContrastiveConfig,
+    FineTuning,
+    FixMatchConfig,
+    SupervisedConfig,
+    TrainingConfig,
+)
 from cv_factory_ops.detection import anchors
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.models import Classifier, Detector, Segmenter

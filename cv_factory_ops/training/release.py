@@ -16,7 +16,7 @@ import cv_factory_ops
 from cv_factory_ops import detection, segmentation
 from cv_factory_ops.bundle import Bundle, BundleManifest, Pca, missing_to_nan
 from cv_factory_ops.calibration import fit_temperature, least_confidence, operating_point, tempered
-from cv_factory_ops.config import CalibrationConfig
+from cv_factory_ops.config.evaluation import CalibrationConfig
 from cv_factory_ops.domain import Kind, open_domain
 from cv_factory_ops.ingestion.manifest import as_boxes
 from cv_factory_ops.metrics import Labels, Scores

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cv_factory_ops import registry
-from cv_factory_ops.config import SearchConfig
+from cv_factory_ops.config.search import SearchConfig
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.metrics import auc
 from cv_factory_ops.models import Classifier

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cv_factory_ops.config import Choice, Dimension, Integer, LogUniform, SearchConfig
+from cv_factory_ops.config.search import Choice, Dimension, Integer, LogUniform, SearchConfig
 from cv_factory_ops.training.study import Trial, told
 
 if TYPE_CHECKING:

@@ -17,15 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from cv_factory_ops.calibration import tempered
-from cv_factory_ops.config import (
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.evaluation import CalibrationConfig
+from cv_factory_ops.config.models import EnsembleModel, Member
+from cv_factory_ops.config.search import (
     BestTrial,
-    CalibrationConfig,
-    EnsembleModel,
     EnsembleOfTrials,
     LatencyRule,
-    Member,
     MetricRule,
-    ProjectConfig,
     Rule,
     RuledTrial,
     Selection,

@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import (
+from cv_factory_ops.config.search import (
     Choice,
     HalvingPruning,
     Integer,

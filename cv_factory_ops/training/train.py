@@ -15,7 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cv_factory_ops import protocol, storage, trained
-from cv_factory_ops.config import PLACEMENT, CnnEmbedding, ProjectConfig, TrainingConfig, VitEmbedding, as_uri
+from cv_factory_ops.config import ProjectConfig, as_uri
+from cv_factory_ops.config.embeddings import CnnEmbedding, VitEmbedding
+from cv_factory_ops.config.training import PLACEMENT, TrainingConfig
 from cv_factory_ops.errors import CvFactoryError, DataError, Interrupted, PeerLost, Unavailable
 from cv_factory_ops.records import Frozen, IngestRecord, PreprocessRecord, TrainRecord, WarmStart
 from cv_factory_ops.training import warm_start

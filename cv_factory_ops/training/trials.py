@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cv_factory_ops import registry, storage
-from cv_factory_ops.config import ProjectConfig, SearchConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.search import SearchConfig
 from cv_factory_ops.errors import ConfigError
 from cv_factory_ops.training.study import Params, State, Trial, Trying, draw, read_trials, settings_of, told
 from cv_factory_ops.training.train import Assignment, checkpoints

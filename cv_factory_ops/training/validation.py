@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from cv_factory_ops.config import RetinaNet
+from cv_factory_ops.config.models import RetinaNet
 from cv_factory_ops.detection import MOST, THRESHOLDS, Reader, from_row, matched, mean_average_precision, rows_of, size_of
 from cv_factory_ops.metrics import Labels, auc
 from cv_factory_ops.models import Classifier, Detector, Segmenter

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from cv_factory_ops import registry, storage
-from cv_factory_ops.config import FixMatchConfig, ProjectConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.training import FixMatchConfig
 from cv_factory_ops.errors import ConfigError, CvFactoryError, PeerLost, Unavailable, unexpected
 from cv_factory_ops.preprocessing.shards import read_index
 from cv_factory_ops.pretrained import load_weights

@@ -10,13 +10,13 @@ from typing import Any, assert_never
 
 from airflow.providers.cncf.kubernetes.pod_generator import make_safe_label_value
 
-from cv_factory_ops.config import (
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.runtime import (
     ClaimVolume,
     ConfigMapVolume,
     HostVolume,
     KubernetesRuntime,
     PodSettings,
-    ProjectConfig,
     SecretVolume,
     Toleration,
     Volume,

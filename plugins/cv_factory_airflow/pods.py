@@ -54,7 +54,8 @@ from cv_factory_airflow.gang import (
     waiting_since,
 )
 from cv_factory_airflow.manifest import LABEL, manifest
-from cv_factory_ops.config import KubernetesRuntime, ProjectConfig
+from cv_factory_ops.config import ProjectConfig
+from cv_factory_ops.config.runtime import KubernetesRuntime
 from cv_factory_ops.reach import require_reachable
 
 if TYPE_CHECKING:

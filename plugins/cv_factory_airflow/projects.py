@@ -28,7 +28,8 @@ from cv_factory_airflow.operators import (
     TrainOperator,
     VerifyOperator,
 )
-from cv_factory_ops.config import ApprovalConfig, ProjectConfig, load
+from cv_factory_ops.config import ProjectConfig, load
+from cv_factory_ops.config.evaluation import ApprovalConfig
 from cv_factory_ops.errors import ConfigError
 
 

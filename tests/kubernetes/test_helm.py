@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from cv_factory_ops.bundle import pack
-from cv_factory_ops.config import ApiKeys, MlflowConfig
+from cv_factory_ops.config.project import MlflowConfig
+from cv_factory_ops.config.serving import ApiKeys
 from cv_factory_ops.gateway.keys import make_key
 from local import cluster
 from tests.bundles import npy

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
 from cv_factory_ops import captures, storage
-from cv_factory_ops.config import (
+from cv_factory_ops.config import ProjectConfig, as_uri
+from cv_factory_ops.config.sources import (
     DicomWebSource,
     DimseSource,
     FileSource,
@@ -20,11 +21,9 @@ from cv_factory_ops.config import (
     KafkaSource,
     NpzSource,
     PhantomSource,
-    ProjectConfig,
     ReceivedSource,
     Source,
     VideoSource,
-    as_uri,
 )
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion.sources.boxes import Annotations, open_annotations

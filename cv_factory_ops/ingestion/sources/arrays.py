@@ -12,7 +12,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from cv_factory_ops.config import NpzSource, as_uri
+from cv_factory_ops.config import as_uri
+from cv_factory_ops.config.sources import NpzSource
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion.manifest import Refusal
 from cv_factory_ops.ingestion.sources.item import Item, Opened

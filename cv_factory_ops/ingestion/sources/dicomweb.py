@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from cv_factory_ops.config import DicomWebSource
+from cv_factory_ops.config.sources import DicomWebSource
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
 from cv_factory_ops.ingestion.sources import pacs
 from cv_factory_ops.ingestion.sources.downloads import authorization

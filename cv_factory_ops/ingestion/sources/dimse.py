@@ -30,7 +30,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
-from cv_factory_ops.config import DimseSource
+from cv_factory_ops.config.sources import DimseSource
 from cv_factory_ops.errors import ConfigError, CvFactoryError, Unavailable
 from cv_factory_ops.ingestion.sources import pacs
 from cv_factory_ops.ingestion.sources.inbox import Inbox

@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 import httpx
 import tenacity
 
-from cv_factory_ops.config import DicomWebSource, HttpSource
+from cv_factory_ops.config.sources import DicomWebSource, HttpSource
 from cv_factory_ops.errors import ConfigError, Rejected, Unavailable
 
 MAX_WAIT = 300.0

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 import cv_factory_ops
 from cv_factory_ops import storage
-from cv_factory_ops.config import PhantomSource
+from cv_factory_ops.config.sources import PhantomSource
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion.manifest import Refusal
 from cv_factory_ops.ingestion.sources.item import Item, Opened, Ref

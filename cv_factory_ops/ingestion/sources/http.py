@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from cv_factory_ops.config import HttpSource
+from cv_factory_ops.config.sources import HttpSource
 from cv_factory_ops.domain import pseudonym
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
 from cv_factory_ops.ingestion.progress import with_progress

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from cv_factory_ops.config import KafkaSource
+from cv_factory_ops.config.sources import KafkaSource
 from cv_factory_ops.domain import pseudonym
 from cv_factory_ops.errors import Rejected
 from cv_factory_ops.ingestion.progress import with_progress

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import FileSource, PhantomSource, Source, as_uri
+from cv_factory_ops.config import as_uri
+from cv_factory_ops.config.sources import FileSource, PhantomSource, Source
 from cv_factory_ops.domain import pseudonym
 from cv_factory_ops.errors import DataError
 from cv_factory_ops.ingestion.manifest import Refusal

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cv_factory_ops import storage
-from cv_factory_ops.config import VideoSource, as_uri
+from cv_factory_ops.config import as_uri
+from cv_factory_ops.config.sources import VideoSource
 from cv_factory_ops.domain import pseudonym
 from cv_factory_ops.errors import ConfigError, DataError, Rejected, Unavailable
 from cv_factory_ops.ingestion.progress import with_progress
