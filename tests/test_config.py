@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cv_factory_ops import config
+from cv_factory_ops.config.models import ResNet
 from cv_factory_ops.errors import ConfigError
 
 Project = Callable[..., Path]
@@ -31,7 +32,7 @@ def test_the_projects_that_ship_are_valid(path: Path) -> None:
         ({"labels": ["one"]}, "labels: ['one'] given; allowed: List should have at least 2 items"),
         ({"labels": ["one", "one"]}, "labels must differ"),
         ({"project": "No Good"}, "project: 'No Good' given"),
-        ({"gate": {"metric": "f1"}}, "gate.metric: 'f1' given; allowed: 'auc', 'accuracy' or 'dice'"),
+        ({"gate": {"metric": "f1"}}, "gate.metric: 'f1' given; allowed: 'auc', 'accuracy', 'dice' or 'map'"),
         (
             {"data": {}},
             "data.source: is missing; One of ``phantoms``, ``files``, ``npz``, ``dicomweb``, ``dimse``, ``received``",
@@ -68,7 +69,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_overrides_reach_into_sections(project: Project) -> None:
     loaded = config.load(project(), ["training.epochs=7", "model={kind: resnet, depth: 34}", "data.include_captures=true"])
     assert loaded.training.epochs == 7
-    assert loaded.model == config.ResNet(depth=34)
+    assert loaded.model == ResNet(depth=34)
     assert loaded.data.include_captures
 
 
