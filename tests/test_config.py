@@ -31,7 +31,7 @@ def test_the_projects_that_ship_are_valid(path: Path) -> None:
         ({"labels": ["one"]}, "labels: ['one'] given; allowed: List should have at least 2 items"),
         ({"labels": ["one", "one"]}, "labels must differ"),
         ({"project": "No Good"}, "project: 'No Good' given"),
-        ({"gate": {"metric": "f1"}}, "gate.metric: 'f1' given; allowed: 'auc', 'accuracy' or 'dice'"),
+        ({"gate": {"metric": "f1"}}, "gate.metric: 'f1' given; allowed: 'auc', 'accuracy', 'dice' or 'map'"),
         (
             {"data": {}},
             "data.source: is missing; One of ``phantoms``, ``files``, ``npz``, ``dicomweb``, ``dimse``, ``received``",
