@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ ROOT = Path(__file__).parents[1]
 def test_the_import_rules_hold() -> None:
     checked = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_a_wheel_holds_every_package() -> None:
+    """The checkout is installed in place, so nothing else here would notice a package that an image lacks."""
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    roots = (ROOT / "cv_factory_ops", ROOT / "domain_medical", ROOT / "plugins" / "cv_factory_airflow")
+    found = [file.parent.relative_to(root.parent) for root in roots for file in root.rglob("__init__.py")]
+    assert sorted(said) == sorted(".".join(package.parts) for package in found)
 
 
 @pytest.mark.parametrize(
