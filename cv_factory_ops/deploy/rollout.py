@@ -18,7 +18,6 @@ from cv_factory_ops.bundle import Bundle
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.config.deploy import AzureDeploy, LocalDeploy, SageMakerDeploy, VertexDeploy
 from cv_factory_ops.errors import ConfigError, DataError, Unavailable
-from cv_factory_ops.evaluation.evidence import require_inputs
 from cv_factory_ops.features.index import require_made_for
 from cv_factory_ops.promotion import require_may_roll_out
 from cv_factory_ops.records import DeployRecord, IndexRecord, RegisterRecord
@@ -120,6 +119,8 @@ def run(stage: Stage) -> DeployRecord:
             its container failed, or an alarm went off: the endpoint went back.
         Unavailable: the service throttles, or the rollout takes longer than ``deploy.timeout``.
     """
+    from cv_factory_ops.evaluation.evidence import require_inputs  # the gateway, which has no pandas, imports this module
+
     require_may_roll_out(stage)
     require_inputs(stage)
     registered, name = stage.read(RegisterRecord), stage.config.endpoint_name

@@ -28,6 +28,12 @@ UNSAID = {"patient", "study", "split"}
 """Names in the metadata whose words say whose an item is, or what for, and nothing of what it shows."""
 
 
+def report_words(text: str) -> str:
+    """The words of a report in their order, without whatever has a digit in it: dates, telephone numbers, identifiers. **Names
+    stay**: who writes the table takes them out."""
+    return " ".join(word for word in re.findall(r"\w+", text) if word.isalpha())
+
+
 class Words:
     """An index in memory, by SQLite's FTS5. Made anew from a store whenever that is opened, it cannot differ from it.
 

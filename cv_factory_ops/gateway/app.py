@@ -28,6 +28,7 @@ from cv_factory_ops.answers import Answer, ExplainedAnswer, SimilarAnswer
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.errors import CvFactoryError, Rejected
 from cv_factory_ops.features.index import MOST, TEXT, filters
+from cv_factory_ops.features.words import report_words
 from cv_factory_ops.gateway.access import Gate, scheme
 from cv_factory_ops.gateway.endpoint import SERVING, Endpoint, Reply
 from cv_factory_ops.gateway.metrics import CONTENT_TYPE_LATEST, Metrics
@@ -43,7 +44,6 @@ from cv_factory_ops.gateway.schema import (
     Stored,
 )
 from cv_factory_ops.gateway.studies import Batches, Intake, Study, read_study, require_type
-from cv_factory_ops.ingestion.labels import report_words
 from cv_factory_ops.server import Refused, listen, run
 
 TOGETHER = 8

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import posixpath
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from cv_factory_ops import storage
 from cv_factory_ops.domain import Domain, pseudonym
 from cv_factory_ops.errors import DataError
+from cv_factory_ops.features.words import report_words
 from cv_factory_ops.ingestion.manifest import Refusal, Row
 from cv_factory_ops.ingestion.sources.item import Item
 
@@ -34,7 +34,7 @@ class Label:
     patient: str
     """Pseudonym, or empty."""
     report: str = ""
-    """Words, see :func:`report_words`; empty where there is none, or none is asked for."""
+    """Words, see :func:`cv_factory_ops.features.words.report_words`; empty where there is none, or none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,6 @@ def label_files(items: Iterable[Item | Refusal], table: LabelTable, *, keep: boo
         else:
             yield item if keep else Refusal(item.id, *UNLABELLED)
     yield from table.unused(used)
-
-
-def report_words(text: str) -> str:
-    """Its words in their order, without whatever has a digit in it: dates, telephone numbers, identifiers. **Names stay**: who
-    writes the table takes them out."""
-    return " ".join(word for word in re.findall(r"\w+", text) if word.isalpha())
 
 
 def read_labels(uri: str, allowed: list[str], domain: Domain, report_column: str | None = None) -> LabelTable:
