@@ -60,13 +60,18 @@ def put_what_evidence_needs(run: str, bundle: str, digest: str) -> None:
     for record in (
         IngestRecord(summary="", quarantine_reasons={}, splits={}, data_digest="", test_digest="t", **counts),
         PreprocessRecord(summary="", counts={}, mean=0.5, std=0.25, shards_digest=""),
-        trained(bundle, digest, "0"),
         evaluated(run, None),
-        gated(()),
     ):
         put(run, record)
-    for name in (*CARDS, "evaluate/roc.png", "gate/criteria.json", "gate/criteria.png"):
-        storage.write_bytes(f"{run}/{name}", b"")
+    put_judged(run, bundle, digest)
     none = io.BytesIO()
     pd.DataFrame({"id": [], "split": []}).to_parquet(none)  # no golden studies
     storage.write_bytes(f"{run}/evaluate/predictions.parquet", none.getvalue())
+
+
+def put_judged(run: str, bundle: str, digest: str) -> None:
+    """Records of training and gate, and the files that show what the verdict rests on."""
+    for record in (trained(bundle, digest, "0"), gated(())):
+        put(run, record)
+    for name in (*CARDS, "evaluate/roc.png", "gate/criteria.json", "gate/criteria.png"):
+        storage.write_bytes(f"{run}/{name}", b"")

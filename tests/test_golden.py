@@ -22,6 +22,7 @@ from cv_factory_ops.ingestion.manifest import read_images, read_manifest
 from cv_factory_ops.records import EvaluateRecord, RegisterRecord, Result
 from cv_factory_ops.stage import Stage
 from tests.bundles import free_port, write_bundle
+from tests.records import put_judged
 from tests.test_deploy import deploy, verify
 
 
@@ -54,6 +55,7 @@ def evaluated(config: ProjectConfig, run: str, bundle: Bundle, shift: float = 0.
         bundle_digest=bundle.digest,
     )
     published(run, "register", register)
+    put_judged(run, bundle.path.as_uri(), bundle.digest)
     return stage
 
 

@@ -102,7 +102,7 @@ def test_odd_files_end_as_images_or_refusals_within_the_limits(tmp_path: Path) -
     program = (
         "import json, resource, sys\n"
         "from pathlib import Path\n"
-        "from cv_factory_ops.config import Decoding, ValidationConfig\n"
+        "from cv_factory_ops.config.data import Decoding, ValidationConfig\n"
         "from cv_factory_ops.ingestion.manifest import Refusal\n"
         "from cv_factory_ops.ingestion.readers import read_all\n"
         "from cv_factory_ops.ingestion.sources.item import Item, Ref\n"

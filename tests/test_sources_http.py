@@ -573,7 +573,7 @@ def test_memory_does_not_grow_with_the_number_of_images(api: Server, home: Path)
     api.image("/1", body, "application/x-npy")
     program = (
         "import resource, sys\n"
-        "from cv_factory_ops.config import HttpSource\n"
+        "from cv_factory_ops.config.sources import HttpSource\n"
         "from cv_factory_ops.domain import DeidentificationConfig\n"
         "from cv_factory_ops.ingestion.sources.http import fetch_images\n"
         "from cv_factory_ops.ingestion.sources.inbox import Inbox\n"

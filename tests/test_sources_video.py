@@ -325,7 +325,7 @@ class TestStreams:
     def test_a_camera_that_is_away_is_told_and_ffmpeg_is_silent(self, inbox: Inbox) -> None:
         program = (
             "import sys\n"
-            "from cv_factory_ops.config import VideoSource\n"
+            "from cv_factory_ops.config.sources import VideoSource\n"
             "from cv_factory_ops.errors import Unavailable\n"
             "from cv_factory_ops.ingestion.sources.inbox import Inbox\n"
             "from cv_factory_ops.ingestion.sources.video import fetch_frames\n"
