@@ -115,7 +115,7 @@ def state_of(cloudwatch: Any, name: str) -> str:
 
 def test_a_canary_has_its_share_of_the_traffic_then_all_of_it(server: Server, endpoint: str) -> None:
     old, control = server.digest(endpoint), client(server, "sagemaker")
-    deployment = blue_green("CANARY", 1.5, 1.5)
+    deployment = blue_green("CANARY", 8, 1.5)
     control.update_endpoint(EndpointName=endpoint, EndpointConfigName="two", DeploymentConfig=deployment)
     wait_until(lambda: phase(server, endpoint) == "ActivatingTraffic")
     described = server.control.describe_endpoint(EndpointName=endpoint)

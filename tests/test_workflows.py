@@ -215,7 +215,9 @@ def test_gitlab_tests_a_tag_before_its_release_and_applies_one_environment_after
 
 def notify(text: str, url: str = "") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TEXT": text, "SLACK_WEBHOOK": url, "no_proxy": "127.0.0.1"}
-    return subprocess.run(["make", "notify"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    # In `make test` this is a make within a make, which says which directory it enters.
+    command = ["make", "--no-print-directory", "notify"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_the_team_is_told_by_a_webhook_word_for_word() -> None:
