@@ -12,6 +12,7 @@ TORCH_INDEX ?=
 EXTRAS ?=
 REGISTRY ?=
 NEWER ?= var/newer
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 QUICK_TESTS := $(addprefix tests/test_,config.py imports.py metrics.py storage.py manifest.py dicom.py preprocessing.py models.py notify.py)
 TAG ?= $(VERSION)
 TERRAFORM := terraform/templates/project_cv_factory
@@ -24,7 +25,7 @@ SOURCE ?= $(or $(shell git remote get-url origin 2>/dev/null | sed -E 's|//[^/@]
 REVISION = $(shell git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test test-kubernetes fuzz images sbom test-images env test-compose test-terraform test-chart $(IMAGES:%=image-%) push check-tag train deploy smoke notify plan apply licences try-newer lint format docs airflow-db clean
+.PHONY: help install demo up down test proofs test-kubernetes fuzz images sbom test-images env test-compose test-terraform test-chart $(IMAGES:%=image-%) push check-tag train deploy smoke notify plan apply licences try-newer lint format docs airflow-db clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,8 +50,11 @@ down: install  ## stop what `make up` or `make demo KEEP=1` left running
 	$(BIN)/python -m local.stack down --home var/demo
 	$(BIN)/cvf endpoint --stop
 
-test: install  ## all tests
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+test: install  ## all tests but the proofs
+	$(BIN)/python -m pytest -m "not proof" $(SIDE_BY_SIDE) $(ARGS)
+
+proofs: install  ## the tests that take minutes: trainings, searches, rollouts and stages that are killed again and again
+	$(BIN)/python -m pytest -m proof $(SIDE_BY_SIDE) $(ARGS)
 
 test-kubernetes: install  ## the tests that need a cluster on this machine, found by KUBECONFIG; elsewhere they skip
 	$(BIN)/python -m pytest tests/kubernetes -rs $(ARGS)

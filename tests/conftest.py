@@ -29,7 +29,7 @@ settings.load_profile("untimed")  # a busy machine is no failure
 TINY: dict[str, Any] = {
     "project": "tiny",
     "labels": ["normal", "opacity"],
-    "data": {"source": {"kind": "phantoms", "patients": 60, "image_size": 48, "seed": 3}},
+    "data": {"source": {"kind": "phantoms", "patients": 60, "image_size": 48, "seed": 3}, "workers": 1},
     "splits": {"val": 0.25, "test": 0.25},
     "preprocessing": {"size": 32},
     "model": {"kind": "small_cnn", "width": 4},

@@ -235,6 +235,7 @@ def guarded(local: LocalAirflow, trained: subprocess.CompletedProcess[str]) -> I
     path.unlink()
 
 
+@pytest.mark.proof
 def test_a_rejected_rollout_stops_with_the_cause_and_changes_nothing(local: LocalAirflow, guarded: ProjectConfig) -> None:
     ended = local.python(ASKED, "2026-03-01", "Reject", "too few men", **LOGINS)
     assert ended["statuses"] == {"otto": 403, "mara": 200}, "only those may answer who were named"
@@ -248,6 +249,7 @@ def test_a_rejected_rollout_stops_with_the_cause_and_changes_nothing(local: Loca
     assert "guarded" not in ended["endpoints"]
 
 
+@pytest.mark.proof
 def test_an_approved_rollout_has_the_approval_in_history_and_evidence(local: LocalAirflow, guarded: ProjectConfig) -> None:
     ended = local.python(ASKED, "2026-03-02", "Approve", "enough of each sex", **LOGINS)
     assert set(ended["states"].values()) == {"success"}, ended["states"]

@@ -29,6 +29,7 @@ def test_a_wheel_holds_every_package() -> None:
         ("cv_factory_ops.config", {"numpy", "boto3", "torch", "airflow"}),
         ("cv_factory_ops.stage", {"numpy", "boto3", "torch", "mlflow", "airflow", "domain_medical"}),
         ("cv_factory_ops.registry", {"mlflow", "torch", "airflow"}),
+        ("cv_factory_ops.evaluation.gate", {"mlflow", "torch", "scipy", "airflow"}),
         ("cv_factory_ops.gateway.app", {"pandas", "mlflow", "torch", "airflow"}),
         ("domain_medical", {"pydicom", "torch", "mlflow", "airflow"}),
     ],

@@ -218,6 +218,7 @@ def test_mlflow_models_serve_answers_like_the_endpoint(loop: Loop) -> None:
         server.wait(30)
 
 
+@pytest.mark.proof
 def test_kill_9_of_any_stage_and_a_retry_end_with_one_run_and_one_version(loop: Loop) -> None:
     run = loop.home / "runs" / "killed"
     arguments = ["--config", str(loop.path), "--run", str(run), "--set", "training.seed=11"]

@@ -157,6 +157,7 @@ def test_the_runs_of_trials_lie_below_that_of_the_search(searched: Path, monkeyp
     assert not (searched / "run" / "checkpoints").exists()
 
 
+@pytest.mark.proof
 def test_a_search_that_was_killed_ends_as_if_it_had_not_been(
     searched: Path, prepared: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.fileset import FileSet
@@ -64,7 +66,7 @@ def write_table(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def files(path: str = "data", labels: str = "data.csv", **options: Any) -> dict[str, Any]:
-    return {"source": {"kind": "files", "path": path, "labels": labels}, **options}
+    return {"source": {"kind": "files", "path": path, "labels": labels}, "workers": 1, **options}
 
 
 def picture(values: NDArray[Any], format: str, **options: Any) -> bytes:
@@ -77,15 +79,29 @@ def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-@pytest.fixture
-def plain(project: Project, home: Path) -> Any:
-    """Phantoms as plain files: their bytes with their labels, and what ingestion makes of them."""
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[bytes, str]], IngestRecord]:
+    """A home, the phantoms that lie there as plain files, and what ingestion makes of them."""
+    home, found = tmp_path_factory.mktemp("ingested"), phantoms(40)
     (home / "data").mkdir()
-    found = phantoms(40)
     for name, (data, _) in found.items():
         (home / "data" / name).write_bytes(data)
     write_table(home / "data.csv", [{"file": name, "label": label} for name, (_, label) in found.items()])
-    return found, ingest(project(data=files()))
+    (home / "project.yaml").write_text(yaml.safe_dump(TINY | {"data": files()}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CVF_HOME", str(home))
+        patch.setenv("CVF_PSEUDONYM_KEY", "a key for tests")
+        return home, found, ingest(home / "project.yaml")
+
+
+@pytest.fixture
+def plain(ingested: tuple[Path, dict[str, tuple[bytes, str]], IngestRecord], home: Path) -> Any:
+    """The phantoms with their labels and their ingestion, in the test's own home."""
+    there, found, record = ingested
+    shutil.copytree(there, home, dirs_exist_ok=True)
+    result = home / "run" / "ingest" / "result.json"
+    result.write_text(result.read_text().replace(str(there), str(home)))
+    return found, record
 
 
 class TestArchives:

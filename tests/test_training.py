@@ -157,9 +157,10 @@ def test_unlabelled_images_are_learned_from(project: Project, home: Path) -> Non
     assert TrainRecord.model_validate(record).epochs == 2
 
 
+@pytest.mark.proof
 def test_sigterm_within_an_epoch_keeps_what_is_learned_and_changes_nothing(project: Project, home: Path, run: str) -> None:
-    settings = {"epochs": 1, "batch_size": 1, "ema": 0.9, "augment": {"mixup": 0.3, "rotate": 5}}
-    path = project(training=settings, model={"kind": "resnet", "depth": 10}, preprocessing={"size": 96})
+    settings = {"epochs": 1, "batch_size": 1, "processes_per_node": 1, "ema": 0.9, "augment": {"mixup": 0.3, "rotate": 5}}
+    path = project(training=settings, model={"kind": "small_cnn", "width": 16}, preprocessing={"size": 192})
     run_stage("preprocess", load(path), run)
     stopped = start_training(path, run)
     assert stopped.stderr is not None
@@ -193,6 +194,7 @@ def test_another_number_of_processes_goes_on_from_the_checkpoint(project: Projec
     assert json.loads(output)["record"]["world_size"] == 1
 
 
+@pytest.mark.proof
 def test_torchrun_starts_ranks_again_that_have_died(project: Project, home: Path, run: str) -> None:
     path = project(training={"epochs": 6, "batch_size": 2, "processes_per_node": 2, "restarts": 1})
     training = start_training(path, run)
@@ -206,6 +208,7 @@ def test_torchrun_starts_ranks_again_that_have_died(project: Project, home: Path
     assert weights(home) == restarted
 
 
+@pytest.mark.proof
 def test_torchrun_does_not_repeat_what_cannot_succeed(project: Project, home: Path, run: str) -> None:
     settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e30, "processes_per_node": 2, "restarts": 3}
     failed = start_training(project(training=settings), run)
@@ -266,6 +269,7 @@ def test_sigterm_stops_all_ranks_of_all_nodes_and_may_be_tried_again(
     assert not (home / "run" / ".train.work").exists()
 
 
+@pytest.mark.proof
 def test_a_gang_that_is_killed_again_and_again_ends_with_the_weights_of_one_undisturbed_node(
     project: Project, home: Path, run: str
 ) -> None:

@@ -17,7 +17,6 @@ from cv_factory_ops.evaluation.bootstrap import Interval, patients_of, percentil
 from cv_factory_ops.evaluation.segmentation import metric_name
 from cv_factory_ops.ingestion.manifest import Boxes, as_boxes
 from cv_factory_ops.metrics import Labels, Mask, Values, Weights
-from cv_factory_ops.predictor import in_batches, reader_of
 from cv_factory_ops.preprocessing.preprocess import geometries
 from cv_factory_ops.preprocessing.shards import Images
 
@@ -31,6 +30,8 @@ MEASURES = ("map", "map50")
 def answers(bundle: Bundle, images: Images, rows: pd.DataFrame) -> Iterator[Found]:
     """All boxes that a bundle finds in each image, also those below its threshold, in pixels of the image. ``images``: as the
     bundle wants them, of these ``rows`` of the manifest."""
+    from cv_factory_ops.predictor import in_batches, reader_of
+
     read, places = reader_of(bundle.manifest), geometries(rows, bundle.manifest.preprocessing)
     if read is None:
         raise TypeError(f"{bundle.manifest.model.kind} does not answer with boxes")

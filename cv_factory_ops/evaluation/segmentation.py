@@ -24,7 +24,6 @@ from cv_factory_ops.config.evaluation import EvaluationConfig
 from cv_factory_ops.evaluation.bootstrap import Interval, patients_of, percentile_interval, resamples
 from cv_factory_ops.ingestion.manifest import read_masks
 from cv_factory_ops.metrics import Labels, Mask, Values, Weights, share
-from cv_factory_ops.predictor import in_batches
 from cv_factory_ops.preprocessing.preprocess import geometries, spacings
 from cv_factory_ops.preprocessing.shards import Images
 
@@ -70,6 +69,8 @@ def dice_and_hd95(truth: ClassMask, answer: ClassMask, classes: int, spacing: Sp
 def answers(bundle: Bundle, images: Images, rows: pd.DataFrame) -> Iterator[ClassMask]:
     """The mask that a bundle answers each image with, (rows, columns) of the image. ``images``: as the bundle wants them, of
     these ``rows`` of the manifest."""
+    from cv_factory_ops.predictor import in_batches
+
     places = geometries(rows, bundle.manifest.preprocessing)
     for probabilities, _ in in_batches(bundle.network(), images):
         for answer in probabilities.argmax(1).astype(np.uint8):

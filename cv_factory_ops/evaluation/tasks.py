@@ -16,10 +16,8 @@ from cv_factory_ops.config.sources import TaskName
 from cv_factory_ops.evaluation import box_pictures, detection, mask_pictures, pictures, segmentation
 from cv_factory_ops.evaluation.bootstrap import Judged, Measured, probabilities_of
 from cv_factory_ops.evaluation.detection import JudgedBoxes
-from cv_factory_ops.evaluation.explanation_gallery import explanation_gallery
 from cv_factory_ops.evaluation.segmentation import JudgedMasks
 from cv_factory_ops.metrics import Values, Weights, resampled
-from cv_factory_ops.predictor import infer
 from cv_factory_ops.preprocessing.preprocess import geometries
 from cv_factory_ops.preprocessing.shards import Images
 
@@ -87,6 +85,8 @@ class Classification:
     validation = "auc"
 
     def columns(self, bundle: Bundle, images: Images, rows: pd.DataFrame, folder: Path) -> dict[str, Column]:
+        from cv_factory_ops.predictor import infer
+
         probabilities, _ = infer(bundle.network(), images, temperature=bundle.manifest.temperature)
         return {str(i): probabilities[:, i] for i in range(probabilities.shape[1])}
 
@@ -102,6 +102,8 @@ class Classification:
         folder: Path,
         config: ProjectConfig,
     ) -> Drawn:
+        from cv_factory_ops.evaluation.explanation_gallery import explanation_gallery
+
         challenger, evaluation = test["challenger"], config.evaluation
         gallery, scores = explanation_gallery(challenger, images, bundle.network(), config.explanations)
         figures = {
