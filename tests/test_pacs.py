@@ -6,6 +6,7 @@ import http.server
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.data import get_testdata_file
 from pydicom.uid import ComputedRadiographyImageStorage, JPEG2000Lossless, MultiFrameGrayscaleWordSecondaryCaptureImageStorage
 from pynetdicom import AE, AllStoragePresentationContexts, _config, build_context
+from pynetdicom.association import Association
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import as_uri, load
@@ -147,6 +149,11 @@ class Orthanc:
         for content in objects:
             url = f"http://127.0.0.1:{self.http}/instances"
             assert httpx.post(url, content=content, auth=("cvf", PASSWORD)).status_code == 200
+
+    def modalities(self, name: str, **settings: Any) -> None:
+        """Replace what it knows of a modality."""
+        url = f"http://127.0.0.1:{self.http}/modalities/{name}"
+        assert httpx.put(url, json=settings, auth=("cvf", PASSWORD)).status_code == 200
 
     def restart(self) -> None:
         self.process.kill()
@@ -515,6 +522,33 @@ def answering(listed: list[tuple[str, str, str]], objects: dict[str, tuple[str, 
         server.shutdown()
 
 
+@needs_orthanc
+class TestLostAnswers:
+    """As pynetdicom loses one: its own thread takes it, and nobody is told."""
+
+    @staticmethod
+    def losing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+        send, lost = Association.send_c_find, list[int]()
+
+        def send_c_find(association: Association, *given: Any) -> Iterator[tuple[Dataset, Dataset | None]]:
+            answers = send(association, *given)
+            if len(lost) < times:
+                lost.append(len([next(answers)]))
+            return answers
+
+        monkeypatch.setattr(Association, "send_c_find", send_c_find)
+        return lost
+
+    def test_are_noticed_and_asked_for_again(self, orthanc: Orthanc, monkeypatch: pytest.MonkeyPatch) -> None:
+        lost = self.losing(monkeypatch, 3)
+        assert fetch(source_of("c_get", orthanc)) == len(OBJECTS)
+        assert len(lost) == 3
+
+    def test_are_an_error_in_the_end(self, orthanc: Orthanc, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.losing(monkeypatch, 1000)
+        assert "answers to C-FIND have come" in failure(Unavailable, source_of("c_get", orthanc))
+
+
 class TestOddServers:
     def test_one_that_lists_but_does_not_give(self) -> None:
         with answering([("1.2", "1.3", "1.4")], {}) as source:
@@ -606,30 +640,86 @@ class TestParts:
         assert list(dicomweb.parts([b"--b\r\nbroken\r\n--b--"], b"b", 100)) == [None]
 
 
+class Certificate:
+    """A self-signed certificate of this machine, which is its own authority."""
+
+    def __init__(self, folder: Path, name: str, *options: str) -> None:
+        self.certificate, self.key = folder / f"{name}.pem", folder / f"{name}.key"
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "1", "-subj", f"/CN={name}"]
+        command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(self.key), "-out", str(self.certificate)]
+        subprocess.run([*command, *(options or ["-nodes"])], check=True, capture_output=True)
+
+    def shown(self, **more: Any) -> dict[str, str]:
+        """The setting ``tls`` of who has it."""
+        return {"certificate": str(self.certificate), "key": str(self.key)} | {key: str(value) for key, value in more.items()}
+
+
 @needs_orthanc
 class TestTls:
     def test_certificates_are_checked(self, tmp_path: Path, authorization: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-        command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-        subprocess.run(command, check=True, capture_output=True)
-        tls = {"Enabled": True, "Certificate": str(certificate), "PrivateKey": str(key)}
-        tls |= {"TrustedCertificates": str(certificate), "RemoteCertificateRequired": False}
+        its = Certificate(tmp_path, "pacs")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        with Orthanc(tmp_path / "orthanc", **{f"DicomTls{name}": value for name, value in tls.items()}) as server:
+        context.load_cert_chain(its.certificate, its.key)
+        with Orthanc(tmp_path / "orthanc", **encrypted(its, its)) as server:
             server.fill([multi_frame()])
             web = {"url": f"https://127.0.0.1:{Proxy(server.http, tls=context).port}/dicom-web"}
             assert "SSL_CERT_FILE" in failure(ConfigError, source_of("dicomweb", server, **web))
-            assert failure(Unavailable, source_of("c_get", server, tls=True))
+            assert failure(Unavailable, source_of("c_get", server, tls={}))
             assert failure(Unavailable, source_of("c_get", server))
-            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            assert fetch(source_of("c_get", server, tls={"authorities": str(its.certificate)}), "named") == 1
+            monkeypatch.setenv("SSL_CERT_FILE", str(its.certificate))
             assert fetch(source_of("dicomweb", server, **web), "web") == 1
-            assert fetch(source_of("c_get", server, tls=True), "dimse") == 1
+            assert fetch(source_of("c_get", server, tls={}), "dimse") == 1
 
-    def test_c_move_would_not_be_encrypted(self) -> None:
-        with pytest.raises(ValueError, match="c_get only"):
-            DimseSource(host="pacs", called_ae_title="PACS", retrieve="c_move", tls=True, labels="labels.csv")
+    def test_both_sides_show_a_certificate(self, tmp_path: Path) -> None:
+        ours, its, strange = (Certificate(tmp_path, name) for name in ("ours", "pacs", "strange"))
+        with Orthanc(tmp_path / "orthanc", **encrypted(its, ours, required=True)) as server:
+            server.modalities("ours", AET="CV_FACTORY", Host="127.0.0.1", Port=server.receive, UseDicomTls=True)
+            server.fill(OBJECTS[:3])
+            assert failure(Unavailable, source_of("c_get", server, tls={"authorities": str(its.certificate)}))
+            assert failure(Unavailable, source_of("c_get", server, tls=strange.shown(authorities=its.certificate)))
+            for retrieve in ("c_get", "c_move"):
+                tls = ours.shown(authorities=its.certificate)
+                assert fetch(source_of(retrieve, server, tls=tls), retrieve) == 3
+                assert_complete(OBJECTS[:3], retrieve)
+            server.modalities("ours", AET="CV_FACTORY", Host="127.0.0.1", Port=server.receive, UseDicomTls=False)
+            assert failure(Unavailable, source_of("c_move", server, tls=ours.shown(authorities=its.certificate)))
+            assert stored() == {}, "what is sent without encryption is not taken"
+
+    def test_files_that_are_none(self, tmp_path: Path) -> None:
+        ours, locked = Certificate(tmp_path, "ours"), Certificate(tmp_path, "locked", "-passout", "pass:secret of ours")
+        (tmp_path / "empty.pem").touch()
+        for given, told in (
+            ({"authorities": "none.pem"}, "tls.authorities: none.pem: no such file or directory"),
+            ({"authorities": str(tmp_path / "empty.pem")}, "no certificate or crl found"),
+            (ours.shown(key=tmp_path / "none.key"), "none.key: no such file or directory"),
+            (ours.shown(key=locked.key), "without a passphrase"),
+            (ours.shown(certificate=locked.certificate), "key values mismatch"),
+        ):
+            source = DimseSource.model_validate(
+                {"host": "pacs", "called_ae_title": "PACS", "labels": "labels.csv", "tls": given}
+            )
+            with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+                dimse.Dimse(source)
+            assert "secret of ours" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("source", "told"),
+        [
+            ({"retrieve": "c_move", "tls": {}}, "by c_move the PACS calls us"),
+            ({"tls": {"certificate": "ours.pem"}}, "certificate and key go together"),
+        ],
+    )
+    def test_what_is_missing(self, source: dict[str, Any], told: str) -> None:
+        with pytest.raises(ValueError, match=told):
+            DimseSource.model_validate({"host": "pacs", "called_ae_title": "PACS", "labels": "labels.csv"} | source)
+
+
+def encrypted(its: Certificate, trusted: Certificate, *, required: bool = False) -> dict[str, Any]:
+    """Settings of Orthanc."""
+    settings = {"Enabled": True, "Certificate": str(its.certificate), "PrivateKey": str(its.key)}
+    settings |= {"TrustedCertificates": str(trusted.certificate), "RemoteCertificateRequired": required}
+    return {f"DicomTls{name}": value for name, value in settings.items()}
 
 
 class TestAeTitles:
@@ -723,6 +813,23 @@ class TestReceiver:
             assert subprocess.run([ECHOSCU, "-aec", "WRONG", *peer[2:]], capture_output=True).returncode != 0
             receiver.stop()
         assert_complete(slices(), inbox_uri(load(config), ReceivedSource(labels="labels.csv")))
+
+    @needs_dcmtk
+    def test_only_encrypted_and_of_senders_with_a_certificate(self, project: Project, tmp_path: Path) -> None:
+        ours, its, strange = (Certificate(tmp_path, name) for name in ("ours", "modality", "strange"))
+        paths = files(tmp_path / "sent", OBJECTS[:2])
+
+        def send_by(*options: object) -> int:
+            command = [STORESCU, "-to", "10", "-aec", "CV_FACTORY", *map(str, options), "127.0.0.1", str(receiver.port), *paths]
+            return subprocess.run(command, capture_output=True, timeout=60).returncode
+
+        with receiving(received_source(project, tls=ours.shown(authorities=its.certificate))) as receiver:
+            with socket.create_connection(("127.0.0.1", receiver.port)):  # one that never says a word keeps nobody waiting
+                assert send_by("+tls", its.key, its.certificate, "+cf", ours.certificate) == 0
+            assert send_by() != 0, "not encrypted"
+            assert send_by("+tla", "+cf", ours.certificate) != 0, "without a certificate"
+            assert send_by("+tls", strange.key, strange.certificate, "+cf", ours.certificate) != 0
+            assert "2 objects stored, 0 refused" in receiver.stop()
 
     def test_refused_objects_fail_and_are_listed(
         self, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,24 @@ class DicomWebSource(Frozen):
     """Seconds without a word after which the PACS counts as gone."""
 
 
+class Tls(Frozen):
+    """Encryption of DICOM connections, where both sides may show a certificate (PS3.15 annex B)."""
+
+    certificate: str | None = None
+    """PEM file of our certificate, with its chain; null shows none, which is possible only where we call."""
+    key: str | None = None
+    """PEM file of its private key, without a passphrase."""
+    authorities: str | None = None
+    """PEM file of the authorities whose certificates count. Null: where we call, the system's or those of ``SSL_CERT_FILE``;
+    where we listen, nobody need show one."""
+
+    @model_validator(mode="after")
+    def _both(self) -> Tls:
+        if bool(self.certificate) != bool(self.key):
+            raise ValueError("certificate and key go together")
+        return self
+
+
 class DimseSource(Frozen):
     """Studies of a PACS by the classic protocol (DIMSE, PS3.7): C-FIND, then C-GET or C-MOVE."""
 
@@ -86,8 +104,8 @@ class DimseSource(Frozen):
     """C-GET sends over the same connection; C-MOVE makes the PACS connect to ``receive_port`` of this machine."""
     receive_port: int = Field(default=11112, ge=1, le=65535)
     """Port that C-MOVE's objects are received on."""
-    tls: bool = False
-    """Encrypt, and check the PACS' certificate by the system's authorities or ``SSL_CERT_FILE``; with ``c_get`` only."""
+    tls: Tls | None = None
+    """Encrypt; ``{}`` checks the PACS' certificate and shows none. C-MOVE needs one of ours, as the PACS calls us."""
     labels: str
     """Table of labels by ``study`` or ``instance``, see ``files``."""
     query: dict[str, Text] = {}
@@ -99,8 +117,8 @@ class DimseSource(Frozen):
 
     @model_validator(mode="after")
     def _encrypted_both_ways(self) -> DimseSource:
-        if self.tls and self.retrieve == "c_move":
-            raise ValueError("tls: with retrieve: c_get only; by c_move the PACS would send without it")
+        if self.tls and self.retrieve == "c_move" and not self.tls.certificate:
+            raise ValueError("tls.certificate: missing; by c_move the PACS calls us, and must be shown one")
         return self
 
 
@@ -110,8 +128,16 @@ class ReceivedSource(Frozen):
     kind: Literal["received"] = "received"
     calling_ae_titles: list[str] = []
     """AE titles that may send; empty lets all."""
+    tls: Tls | None = None
+    """Take encrypted connections only; where ``authorities`` are given, only of senders with a certificate of theirs."""
     labels: str
     """Table of labels by ``study`` or ``instance``, see ``files``."""
+
+    @model_validator(mode="after")
+    def _shows_a_certificate(self) -> ReceivedSource:
+        if self.tls and not self.tls.certificate:
+            raise ValueError("tls.certificate: missing; senders must be shown one")
+        return self
 
 
 class HttpSource(Frozen):

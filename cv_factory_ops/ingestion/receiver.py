@@ -35,7 +35,7 @@ def receive(config: ProjectConfig, host: str, port: int, ae_title: str) -> None:
     """Receive until SIGTERM or SIGINT; objects in hand are stored and answered first.
 
     Raises:
-        ConfigError: the project's source is of another kind, or the AE title is none.
+        ConfigError: the project's source is of another kind, the AE title is none, or a file of its ``tls`` is wrong.
         Unavailable: the port is taken.
     """
     source = config.data.source
@@ -45,7 +45,7 @@ def receive(config: ProjectConfig, host: str, port: int, ae_title: str) -> None:
     receiver = Receiver(config, Inbox(uri))
     ae = application_entity(ae_title, IDLE_SECONDS)
     ae.require_calling_aet, ae.require_called_aet = source.calling_ae_titles, True
-    server = listen(ae, host, port, [(evt.EVT_C_STORE, receiver.store)])
+    server = listen(ae, host, port, [(evt.EVT_C_STORE, receiver.store)], source.tls)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: receiver.stopping.set())
     print(f"cvf receive: {ae_title} listens on {host}:{server.socket.getsockname()[1]}, and fills {uri}", flush=True)
