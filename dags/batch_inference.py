@@ -1,4 +1,4 @@
-"""Run the champion over a batch of studies: the folder in `batch.path`, or the project's own test studies."""
+"""Run the champion over a batch of studies: the folder in `batch.path`, or the project's own source."""
 
 from airflow.sdk import DAG
 

@@ -27,11 +27,30 @@ def test_generated_pages_are_up_to_date(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == generate.PAGES[name](), "run `make docs`"
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda page: page.name)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+    places = [(page.parent / link if link else page, heading) for link, heading in links]
+    assert [place for place, heading in places if not place.exists() or (heading and heading not in headings(place))] == []
     assert page.stat().st_size > 0
+
+
+def headings(page: Path) -> set[str]:
+    """Of a page, as links name them: small letters, hyphens for spaces, nothing else but letters, digits and ``_``."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return {re.sub(r"[^\w -]", "", name).lower().replace(" ", "-") for name in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_yaml_of_a_page_is_part_of_a_valid_project(page: Path) -> None:
+    for text in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+        section = yaml.safe_load(text)
+        if "apiVersion" not in section:  # that is an object of Kubernetes
+            data = TINY["data"] | section.get("data", {})
+            ProjectConfig.model_validate(TINY | section | {"data": data})
 
 
 def test_the_readme_names_only_targets_that_exist() -> None:
