@@ -24,7 +24,8 @@ INTRODUCTION = """# Configuration
 
 One YAML file in `configs/` is one project. `cvf config check FILE` checks it, `cvf config schema` prints its JSON schema (for
 an editor's completion). Any setting can be overridden for one call with `--set section.field=value`, and for one DAG run in
-the trigger form's *Overrides*. Unknown fields are refused; a choice is made by `kind`.
+the trigger form's *Overrides*. Unknown fields are refused; a choice is made by `kind`, which a section that the file leaves out
+needs as well: `--set deploy.kind=local --set deploy.golden.studies=2`.
 
 Environment variables, for what differs from machine to machine rather than from project to project:
 
