@@ -138,7 +138,7 @@ def test_a_rollout_that_takes_too_long_is_joined_by_a_retry(
     one, two = (registered(home, name, bundle) for name, bundle in zip(("one", "two"), pair, strict=True))
     config, hurried = local(), local(timeout=1)
     first = deploy(config, one)
-    bake = {"TrafficRoutingConfiguration": {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 0}, "TerminationWaitInSeconds": 3}
+    bake = {"TrafficRoutingConfiguration": {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 0}, "TerminationWaitInSeconds": 12}
     server.control.update_endpoint(
         EndpointName=config.endpoint_name,
         EndpointConfigName=first.endpoint_config_name,
