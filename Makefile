@@ -54,10 +54,10 @@ test: install  ## all tests but the proofs
 	$(BIN)/python -m pytest -m "not proof" $(SIDE_BY_SIDE) $(ARGS)
 
 proofs: install  ## the tests that take minutes: trainings, searches, rollouts and stages that are killed again and again
-	$(BIN)/python -m pytest -m proof $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest -m proof --ignore tests/kubernetes $(SIDE_BY_SIDE) $(ARGS)
 
-test-kubernetes: install  ## the tests that need a cluster on this machine, found by KUBECONFIG; elsewhere they skip
-	$(BIN)/python -m pytest tests/kubernetes -rs $(ARGS)
+test-kubernetes: install  ## the tests that need a cluster on this machine, found by KUBECONFIG (ARGS="-m proof": those that take minutes)
+	$(BIN)/python -m pytest tests/kubernetes -rs -m "not proof" $(ARGS)
 
 fuzz: install  ## five minutes of mutated DICOM files and configurations
 	CVF_FUZZ_SECONDS=300 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)

@@ -183,7 +183,9 @@ def test_training_dag_runs(local: LocalAirflow, trained: subprocess.CompletedPro
     assert _published(local, "training") == set(TRAINING)
 
 
-@pytest.mark.parametrize(("kind", "stages"), [("retraining", TRAINING), ("batch_inference", ("predict",))])
+@pytest.mark.parametrize(
+    ("kind", "stages"), [pytest.param("retraining", TRAINING, marks=pytest.mark.proof), ("batch_inference", ("predict",))]
+)
 def test_dag_runs_after_a_training(
     local: LocalAirflow, trained: subprocess.CompletedProcess[str], kind: str, stages: tuple[str, ...]
 ) -> None:

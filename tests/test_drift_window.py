@@ -276,6 +276,7 @@ def test_drift_of_one_scanner_is_found_and_told(project: Project) -> None:
     assert "too few to be tested" in page
 
 
+@pytest.mark.proof
 def test_quiet_windows_with_groups_alarm_no_more_often_than_declared() -> None:
     alpha, windows, rng = 0.1, 200, np.random.default_rng(8)
     domain, settings, alarms, tested = open_domain("medical"), DriftConfig(), 0, 0

@@ -25,7 +25,9 @@ def test_a_wheel_holds_every_package() -> None:
 
 def test_all_but_three_modules_are_closed_to_a_domain() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (closed,) = (contract["forbidden_modules"] for contract in contracts if contract.get("source_modules") == ["domain_medical"])
+    (closed,) = (
+        contract["forbidden_modules"] for contract in contracts if contract.get("source_modules") == ["domain_medical"]
+    )
     inside = [path for path in (ROOT / "cv_factory_ops").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
     opened = {path.stem for path in inside} - {name.removeprefix("cv_factory_ops.") for name in closed}
     assert opened == {"__init__", "answers", "domain", "errors"}

@@ -354,6 +354,7 @@ def test_the_same_cause_is_not_retrained_for_tomorrow_and_a_refusal_says_why(sho
     assert "whose champion has not changed since" in untold.reason
 
 
+@pytest.mark.proof
 def test_a_retraining_goes_on_until_it_is_promoted_or_refused_for_good(
     another: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -197,6 +197,7 @@ def test_what_a_search_has_chosen_is_a_bundle_like_any_other(
     assert f"| Architecture | `{config.kind}` (" in (home / "run" / "evaluate" / "model_card.md").read_text()
 
 
+@pytest.mark.proof
 def test_a_trial_that_fails_by_its_settings_ends_neither_the_search_nor_counts_as_nothing(
     project: Project, home: Path, run: str
 ) -> None:

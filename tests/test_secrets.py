@@ -106,6 +106,7 @@ def login(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     return as_user
 
 
+@pytest.mark.proof
 def test_a_version_is_registered_by_an_account_that_may(login: Callable[..., None], prepared: Path, tmp_path: Path) -> None:
     login(*TRAINER)
     copy_run(prepared, tmp_path)

@@ -78,7 +78,7 @@ def mlflow_runs(config: ProjectConfig, run: str) -> list[str]:
     return [found.info.run_id for found in client.search_runs([experiment.experiment_id], f"tags.`cvf.run` = '{run}'")]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.proof), 2])
 def test_a_training_leaves_a_bundle_and_repeats_itself_exactly(project: Project, home: Path, run: str, processes: int) -> None:
     path = project(training={"epochs": 2, "batch_size": 8, "processes_per_node": processes, "ema": 0.9, "class_weights": True})
     done = start_training(path, run)
@@ -122,7 +122,7 @@ def test_kill_9_and_a_retry_end_with_the_same_weights_and_one_mlflow_run(project
     assert weights(home) == resumed
 
 
-@pytest.mark.parametrize("method", ["simclr", "supcon"])
+@pytest.mark.parametrize("method", [pytest.param("simclr", marks=pytest.mark.proof), "supcon"])
 def test_contrastive_training_leaves_a_bundle_that_can_be_tuned_further(
     project: Project, home: Path, run: str, method: str
 ) -> None:
@@ -218,6 +218,7 @@ def test_torchrun_does_not_repeat_what_cannot_succeed(project: Project, home: Pa
     assert errors.count("steps an epoch") == 1
 
 
+@pytest.mark.proof
 def test_other_weights_at_the_same_place_are_another_training(project: Project, home: Path, run: str) -> None:
     run_stage("train", load(project()), run)
     weights = shutil.copy(home / "run" / "train" / "bundle" / "model.safetensors", home / "start.safetensors")
@@ -350,6 +351,7 @@ def test_nodes_on_a_shared_folder_end_together_when_one_is_killed(project: Proje
     assert last_line(errors).startswith("cvf train: lost a peer: ")
 
 
+@pytest.mark.proof
 def test_nodes_on_a_shared_folder_end_together_when_one_is_stopped(project: Project, home: Path, run: str) -> None:
     path = project(training={"epochs": 500, "batch_size": 4, "nodes": 2, "processes_per_node": 1})
     second, first = start_node(1, path, run, "pod-uid"), start_node(0, path, run, "pod-uid")

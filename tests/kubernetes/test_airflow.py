@@ -341,7 +341,7 @@ def test_task_that_a_person_ends_leaves_no_pod(
     assert len(seen.pods) == 2
 
 
-@pytest.mark.parametrize("project", ["tiny", "plain"])
+@pytest.mark.parametrize("project", ["tiny", pytest.param("plain", marks=pytest.mark.proof)])
 def test_cleared_task_trains_on_in_a_new_pod(
     api: Any, namespace: str, train: Callable[..., Task], seen: Seen, project: str, mlflow_server: str
 ) -> None:
@@ -374,7 +374,7 @@ def test_worker_that_must_go_leaves_its_pod_to_the_retry(
     expect_rejoined(task, seen)
 
 
-@pytest.mark.parametrize(("workers", "patients"), [("killed too", 1500), ("alive", 8000)])
+@pytest.mark.parametrize(("workers", "patients"), [("killed too", 1500), pytest.param("alive", 8000, marks=pytest.mark.proof)])
 def test_killed_scheduler_leaves_its_pod_to_the_next(
     api: Any, namespace: str, stack: Stack, start: Callable[..., Task], seen: Seen, workers: str, patients: int
 ) -> None:

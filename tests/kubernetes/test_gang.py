@@ -56,7 +56,7 @@ def test_two_pods_train_one_model(
     assert names(api, namespace) == []
 
 
-@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("node", [0, pytest.param(1, marks=pytest.mark.proof)])
 def test_lost_pod_is_replaced_in_the_same_try_and_the_same_mlflow_run(
     api: Any, namespace: str, train: Train, seen: Seen, shared: Path, undisturbed: str, mlflow_server: str, node: int
 ) -> None:
@@ -80,6 +80,7 @@ def test_killed_worker_and_retry_leave_one_set_of_pods(
     assert _runs(mlflow_server, shared) == [record["mlflow_run_id"]]
 
 
+@pytest.mark.proof
 def test_pods_that_share_only_s3_train_together(
     api: Any, namespace: str, train: Train, bucket: str, s3_server: str, seen: Seen
 ) -> None:
