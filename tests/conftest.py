@@ -108,9 +108,14 @@ def copy_run(prepared: Path, home: Path) -> str:
     """Copy a run with its MLflow to another home; returns its URI there."""
     shutil.copytree(prepared / "run", home / "run")
     shutil.copytree(prepared / "var" / "mlflow", home / "var" / "mlflow")
-    for path in (home / "run").glob("*/result.json"):
-        path.write_text(path.read_text().replace(str(prepared), str(home)))
+    retell_place(home / "run", prepared, home)
     return (home / "run").as_uri()
+
+
+def retell_place(run: Path, before: Path, now: Path) -> None:
+    """Results of a run that was copied name the home where it lies now."""
+    for path in run.glob("*/result.json"):
+        path.write_text(path.read_text().replace(str(before), str(now)))
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import os
 import signal
@@ -18,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from tests.certificates import Certificate
 
 Answer = tuple[int, dict[str, str], Any]
 """Status, headers, and a body: bytes, or what becomes JSON."""
@@ -30,7 +29,8 @@ class HttpsServer(ABC):
     """``answer`` tells what a service would, given method, path, query and body."""
 
     def __init__(self, folder: Path) -> None:
-        self.certificate, key = _certificate(folder)
+        own = Certificate(folder, "tests")
+        self.certificate = own.path
         self.asked: list[tuple[str, str]] = []
         """Method and path of all requests."""
         self.refused: dict[str, list[Answer]] = {}
@@ -38,7 +38,7 @@ class HttpsServer(ABC):
         self._lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certificate, key)
+        context.load_cert_chain(own.path, own.key)
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_port
         self.url = f"https://127.0.0.1:{self.port}"
@@ -120,28 +120,6 @@ def is_killed(work: Callable[[], object], number: int, is_change: Callable[[str,
 
 def private_key() -> str:
     """A key to sign requests for tokens with, PEM."""
-    return _pem(rsa.generate_private_key(65537, 2048)).decode()
-
-
-def _certificate(folder: Path) -> tuple[Path, Path]:
-    """Files of a certificate for this machine, and of its key."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
-    names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("*.blob.tests.invalid")]
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    files = folder / "certificate.pem", folder / "key.pem"
-    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    files[1].write_bytes(_pem(key))
-    return files
-
-
-def _pem(key: Any) -> bytes:
+    key = rsa.generate_private_key(65537, 2048)
     encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    content: bytes = key.private_bytes(encoding, form, serialization.NoEncryption())
-    return content
+    return key.private_bytes(encoding, form, serialization.NoEncryption()).decode()

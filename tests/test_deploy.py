@@ -102,13 +102,13 @@ def test_a_version_whose_evidence_would_fail_is_not_rolled_out(config: ProjectCo
     ]:
         content = storage.read_bytes(f"{run}/{missing}")
         storage.delete_tree(f"{run}/{missing}")
+        refused = start_cvf("deploy", "--config", str(home / "project.yaml"), "--run", run, folder=home)
+        assert refused.wait(60) == 3
         with pytest.raises(DataError, match=told):
             deploy(config, run)
+        assert not (home / "var" / "endpoint").exists(), "nothing was asked of the endpoint, not even to start"
         storage.write_bytes(f"{run}/{missing}", content)
-    storage.delete_tree(f"{run}/evaluate/roc.png")
-    refused = start_cvf("deploy", "--config", str(home / "project.yaml"), "--run", run, folder=home)
-    assert refused.wait(60) == 3
-    assert not (home / "var" / "endpoint").exists(), "nothing was asked of the endpoint, not even to start"
+    assert deploy(config, run).previous_config_name is None
 
 
 def test_requests_are_captured_but_not_the_probe_of_verify(config: ProjectConfig, home: Path) -> None:

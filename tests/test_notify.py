@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email import policy
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cv_factory_ops.config.notifications import Notification
 from cv_factory_ops.drift import report
 from cv_factory_ops.records import ApproveRecord, DecideRecord, PromoteRecord, Record, VerifyRecord
 from cv_factory_ops.stage import run_stage
+from tests.certificates import Certificate
 from tests.conftest import TINY
 from tests.records import gated, put
 from tests.test_decide import checked
@@ -119,39 +120,22 @@ class Mail:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of ``localhost`` that signs itself, and its key, in one file."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    built = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
-    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(built.public_bytes(serialization.Encoding.PEM) + key.private_bytes(*form))
-    return path
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return Certificate(tmp_path_factory.mktemp("tls"), "localhost")
 
 
 @pytest.fixture
-def mail(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mail]:
+def mail(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mail]:
     """It is trusted, as by an administrator who set ``SSL_CERT_FILE``."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
+    context.load_cert_chain(certificate.path, certificate.key)
     mail = Mail(context)
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             mail.handle(self)
 
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.path))
     monkeypatch.setenv("MAIL_PASSWORD", SECRET)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         mail.port = server.server_address[1]

@@ -42,6 +42,7 @@ from cv_factory_ops.records import IngestRecord
 from cv_factory_ops.stage import run_stage
 from domain_medical import DOMAIN, Medical
 from domain_medical.synthetic import studies
+from tests.certificates import Certificate
 
 LABELS = ["normal", "opacity"]
 PLUGIN = next(Path("/usr").glob("*/orthanc*/**/libOrthancDicomWeb.so*"), None)
@@ -640,18 +641,9 @@ class TestParts:
         assert list(dicomweb.parts([b"--b\r\nbroken\r\n--b--"], b"b", 100)) == [None]
 
 
-class Certificate:
-    """A self-signed certificate of this machine, which is its own authority."""
-
-    def __init__(self, folder: Path, name: str, *options: str) -> None:
-        self.certificate, self.key = folder / f"{name}.pem", folder / f"{name}.key"
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "1", "-subj", f"/CN={name}"]
-        command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(self.key), "-out", str(self.certificate)]
-        subprocess.run([*command, *(options or ["-nodes"])], check=True, capture_output=True)
-
-    def shown(self, **more: Any) -> dict[str, str]:
-        """The setting ``tls`` of who has it."""
-        return {"certificate": str(self.certificate), "key": str(self.key)} | {key: str(value) for key, value in more.items()}
+def shown(own: Certificate, **more: Path) -> dict[str, str]:
+    """The setting ``tls`` of who has a certificate."""
+    return {name: str(path) for name, path in ({"certificate": own.path, "key": own.key} | more).items()}
 
 
 @needs_orthanc
@@ -659,15 +651,15 @@ class TestTls:
     def test_certificates_are_checked(self, tmp_path: Path, authorization: str, monkeypatch: pytest.MonkeyPatch) -> None:
         its = Certificate(tmp_path, "pacs")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(its.certificate, its.key)
+        context.load_cert_chain(its.path, its.key)
         with Orthanc(tmp_path / "orthanc", **encrypted(its, its)) as server:
             server.fill([multi_frame()])
             web = {"url": f"https://127.0.0.1:{Proxy(server.http, tls=context).port}/dicom-web"}
             assert "SSL_CERT_FILE" in failure(ConfigError, source_of("dicomweb", server, **web))
             assert failure(Unavailable, source_of("c_get", server, tls={}))
             assert failure(Unavailable, source_of("c_get", server))
-            assert fetch(source_of("c_get", server, tls={"authorities": str(its.certificate)}), "named") == 1
-            monkeypatch.setenv("SSL_CERT_FILE", str(its.certificate))
+            assert fetch(source_of("c_get", server, tls={"authorities": str(its.path)}), "named") == 1
+            monkeypatch.setenv("SSL_CERT_FILE", str(its.path))
             assert fetch(source_of("dicomweb", server, **web), "web") == 1
             assert fetch(source_of("c_get", server, tls={}), "dimse") == 1
 
@@ -676,25 +668,25 @@ class TestTls:
         with Orthanc(tmp_path / "orthanc", **encrypted(its, ours, required=True)) as server:
             server.modalities("ours", AET="CV_FACTORY", Host="127.0.0.1", Port=server.receive, UseDicomTls=True)
             server.fill(OBJECTS[:3])
-            assert failure(Unavailable, source_of("c_get", server, tls={"authorities": str(its.certificate)}))
-            assert failure(Unavailable, source_of("c_get", server, tls=strange.shown(authorities=its.certificate)))
+            assert failure(Unavailable, source_of("c_get", server, tls={"authorities": str(its.path)}))
+            assert failure(Unavailable, source_of("c_get", server, tls=shown(strange, authorities=its.path)))
             for retrieve in ("c_get", "c_move"):
-                tls = ours.shown(authorities=its.certificate)
+                tls = shown(ours, authorities=its.path)
                 assert fetch(source_of(retrieve, server, tls=tls), retrieve) == 3
                 assert_complete(OBJECTS[:3], retrieve)
             server.modalities("ours", AET="CV_FACTORY", Host="127.0.0.1", Port=server.receive, UseDicomTls=False)
-            assert failure(Unavailable, source_of("c_move", server, tls=ours.shown(authorities=its.certificate)))
+            assert failure(Unavailable, source_of("c_move", server, tls=shown(ours, authorities=its.path)))
             assert stored() == {}, "what is sent without encryption is not taken"
 
     def test_files_that_are_none(self, tmp_path: Path) -> None:
-        ours, locked = Certificate(tmp_path, "ours"), Certificate(tmp_path, "locked", "-passout", "pass:secret of ours")
+        ours, locked = Certificate(tmp_path, "ours"), Certificate(tmp_path, "locked", b"secret of ours")
         (tmp_path / "empty.pem").touch()
         for given, told in (
             ({"authorities": "none.pem"}, "tls.authorities: none.pem: no such file or directory"),
             ({"authorities": str(tmp_path / "empty.pem")}, "no certificate or crl found"),
-            (ours.shown(key=tmp_path / "none.key"), "none.key: no such file or directory"),
-            (ours.shown(key=locked.key), "without a passphrase"),
-            (ours.shown(certificate=locked.certificate), "key values mismatch"),
+            (shown(ours, key=tmp_path / "none.key"), "none.key: no such file or directory"),
+            (shown(ours, key=locked.key), "without a passphrase"),
+            (shown(ours, certificate=locked.path), "key values mismatch"),
         ):
             source = DimseSource.model_validate(
                 {"host": "pacs", "called_ae_title": "PACS", "labels": "labels.csv", "tls": given}
@@ -717,8 +709,8 @@ class TestTls:
 
 def encrypted(its: Certificate, trusted: Certificate, *, required: bool = False) -> dict[str, Any]:
     """Settings of Orthanc."""
-    settings = {"Enabled": True, "Certificate": str(its.certificate), "PrivateKey": str(its.key)}
-    settings |= {"TrustedCertificates": str(trusted.certificate), "RemoteCertificateRequired": required}
+    settings = {"Enabled": True, "Certificate": str(its.path), "PrivateKey": str(its.key)}
+    settings |= {"TrustedCertificates": str(trusted.path), "RemoteCertificateRequired": required}
     return {f"DicomTls{name}": value for name, value in settings.items()}
 
 
@@ -823,12 +815,12 @@ class TestReceiver:
             command = [STORESCU, "-to", "10", "-aec", "CV_FACTORY", *map(str, options), "127.0.0.1", str(receiver.port), *paths]
             return subprocess.run(command, capture_output=True, timeout=60).returncode
 
-        with receiving(received_source(project, tls=ours.shown(authorities=its.certificate))) as receiver:
+        with receiving(received_source(project, tls=shown(ours, authorities=its.path))) as receiver:
             with socket.create_connection(("127.0.0.1", receiver.port)):  # one that never says a word keeps nobody waiting
-                assert send_by("+tls", its.key, its.certificate, "+cf", ours.certificate) == 0
+                assert send_by("+tls", its.key, its.path, "+cf", ours.path) == 0
             assert send_by() != 0, "not encrypted"
-            assert send_by("+tla", "+cf", ours.certificate) != 0, "without a certificate"
-            assert send_by("+tls", strange.key, strange.certificate, "+cf", ours.certificate) != 0
+            assert send_by("+tla", "+cf", ours.path) != 0, "without a certificate"
+            assert send_by("+tls", strange.key, strange.path, "+cf", ours.path) != 0
             assert "2 objects stored, 0 refused" in receiver.stop()
 
     def test_refused_objects_fail_and_are_listed(

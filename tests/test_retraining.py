@@ -49,10 +49,9 @@ class Shop:
     def __init__(self, home: Path, epochs: int) -> None:
         self.home, self.path = home, home / "project.yaml"
         deploy = {"kind": "local", "url": f"http://127.0.0.1:{free_port()}", "golden": {"studies": 0}, "timeout": 90}
-        data = TINY["data"] | {"workers": 1}
         given = {"deploy": deploy, "drift": {"minimum": 20}, "decision": {"cooldown_hours": 24, "minimum_labels": 5}}
         training = TINY["training"] | {"epochs": epochs, "learning_rate": 0.01}
-        self.path.write_text(yaml.safe_dump(TINY | given | {"data": data, "training": training, "explanations": {"images": 2}}))
+        self.path.write_text(yaml.safe_dump(TINY | given | {"training": training, "explanations": {"images": 2}}))
         self.first = (home / "runs" / "first").as_uri()
 
     def config(self, *overrides: str) -> ProjectConfig:

@@ -33,7 +33,7 @@ from cv_factory_ops.records import IngestRecord
 from cv_factory_ops.stage import run_stage
 from domain_medical import DOMAIN
 from domain_medical.synthetic import studies
-from tests.conftest import TINY
+from tests.conftest import TINY, retell_place
 
 LABELS = ["normal", "opacity"]
 ODD = Path(__file__).parents[2] / "shared" / "data" / "dicom_odd"
@@ -99,8 +99,7 @@ def plain(ingested: tuple[Path, dict[str, tuple[bytes, str]], IngestRecord], hom
     """The phantoms with their labels and their ingestion, in the test's own home."""
     there, found, record = ingested
     shutil.copytree(there, home, dirs_exist_ok=True)
-    result = home / "run" / "ingest" / "result.json"
-    result.write_text(result.read_text().replace(str(there), str(home)))
+    retell_place(home / "run", there, home)
     return found, record
 
 

@@ -55,7 +55,7 @@ def config(brokers: str, topic: str, **source: Any) -> ProjectConfig:
     where = {"bootstrap_servers": brokers, "timeout": 20, "settings_env": "QUICK"}
     read = {**where, "topic": topic, "group": topic, "dead_letter_topic": f"{topic}-dead"} | source
     stream = {"source": read, "sink": {**where, "topic": f"{topic}-out"}, "wait": 0.1}
-    return ProjectConfig.model_validate(TINY | {"stream": stream, "data": TINY["data"] | {"workers": 1}})
+    return ProjectConfig.model_validate(TINY | {"stream": stream})
 
 
 def with_stream(given: ProjectConfig, **changes: Any) -> ProjectConfig:
@@ -304,7 +304,7 @@ def test_a_killed_batch_goes_on_and_ends_as_one_that_was_not(
     for i in range(20):
         (home / "studies" / f"{i:02}.npy").write_bytes(npy(rng.random((20, 24), dtype=np.float32)))
     (home / "studies" / "05.npy").write_bytes(b"broken")
-    settings = TINY | {"batch": {"path": str(home / "studies")}, "data": TINY["data"] | {"workers": 1}}
+    settings = TINY | {"batch": {"path": str(home / "studies")}}
     (home / "project.yaml").write_text(yaml.safe_dump(settings))
     (home / "predict_process.py").write_text(PREDICT)
     arguments = [home / "project.yaml", (home / "killed").as_uri(), bundle.path.as_uri(), bundle.digest]

@@ -159,8 +159,8 @@ def test_unlabelled_images_are_learned_from(project: Project, home: Path) -> Non
 
 @pytest.mark.proof
 def test_sigterm_within_an_epoch_keeps_what_is_learned_and_changes_nothing(project: Project, home: Path, run: str) -> None:
-    settings = {"epochs": 1, "batch_size": 1, "processes_per_node": 1, "ema": 0.9, "augment": {"mixup": 0.3, "rotate": 5}}
-    path = project(training=settings, model={"kind": "small_cnn", "width": 16}, preprocessing={"size": 192})
+    settings = {"epochs": 1, "batch_size": 1, "ema": 0.9, "augment": {"mixup": 0.3, "rotate": 5}}
+    path = project(training=settings, model={"kind": "resnet", "depth": 10}, preprocessing={"size": 96})
     run_stage("preprocess", load(path), run)
     stopped = start_training(path, run)
     assert stopped.stderr is not None

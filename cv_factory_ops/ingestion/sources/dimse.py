@@ -42,12 +42,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("cvf")
 
 SUCCESS, OUT_OF_RESOURCES, NOT_AUTHORIZED = 0x0000, 0xA700, 0x0124
-"""Statuses of C-STORE (PS3.7 annex C, PS3.4 B.2.3)."""
+"""Statuses (PS3.7 annex C); the second and third answer a C-STORE (PS3.4 B.2.3)."""
 UIDS = 100
 """SOP Instance UIDs of one retrieve: a value of explicit VR holds 64 KiB."""
 PENDING = {0xFF00, 0xFF01}
-"""Statuses of a C-FIND answer that holds a match (PS3.4 C.4.1.1.4)."""
+"""Statuses of an answer after which more come; of C-FIND it holds a match (PS3.4 C.4.1.1.4)."""
 FIND_TRIES = 5
+"""How often a query is asked whose answers are not all handed over."""
 MAX_CONTEXTS = 128
 """Presentation contexts of an association (PS3.8 section 9.3.2.2)."""
 SYNTAXES = (
@@ -239,7 +240,7 @@ class Dimse:
             raise ConfigError(f"{self.place}: does not know the address of {self._source.calling_ae_title!r}; list it there")
         if code in {0x0122, 0x0124, 0xA900}:
             raise ConfigError(f"{self.place}: refuses {request} (status {code:04X})")
-        if code not in {0x0000, 0xB000, 0xFF00, 0xFF01}:
+        if code not in {SUCCESS, 0xB000, *PENDING}:
             if request == "C-FIND":
                 raise Unavailable(f"{self.place}: failed at {request} (status {code:04X})")
             log.warning("%s: %s ended with status %04X", self.place, request, code)
