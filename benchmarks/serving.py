@@ -1,8 +1,9 @@
 """`/invocations` beside `mlflow models serve` and LitServe: `python -m benchmarks.serving [--seconds 10] [--rounds 3]`.
 
 ResNet-18 at 224 px, one request a study: a PNG of 224 x 224, then a DICOM file of 1024 x 1024 (16 bits, uncompressed). All
-servers are started at once; they are measured in turn, round by round, by a load generator in a process of its own
-(``benchmarks/load.py``), whose processor time the servers have to do without. Needs ``pip install litserve``.
+servers are started at once; they and bare engines are measured in turn, round by round, servers by a load generator in a
+process of its own (``benchmarks/load.py``), whose processor time they have to do without. Ratios are of the same round. Needs
+``pip install litserve``.
 
 - *our bundle*: the others hold the same bundle as `cvf serve`, and decode and prepare with the same code. Ours takes the study
   as the body, they take it as base64 in JSON.
@@ -10,7 +11,7 @@ servers are started at once; they are measured in turn, round by round, by a loa
   what ``mlflow.pytorch`` has saved, a request is the prepared tensor as JSON: it decodes no picture. LitServe takes base64 in
   JSON, decodes with Pillow, and gathers batches of up to 16. See ``benchmarks/serving_plain.py``.
 - *bare*: a process that holds the bytes already: decode, prepare and forward one study after the other (latency); batches that
-  are prepared already (throughput; the best batch counts).
+  are prepared already, of the size that is the fastest (throughput).
 
 ``cpu`` is user and system time of the server's processes a request, ``clients`` that of the load generator; ``idle`` is the
 share of the machine's processor time that nothing used: what these three leave is other work.
@@ -36,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +75,9 @@ class Load:
     """Answers a second."""
     cpu: float
     """Seconds of processor time of the server a request."""
-    clients_cpu: float
-    """The same of the clients."""
-    idle: float
+    clients_cpu: float | None = None
+    """The same of the clients; None where there is none."""
+    idle: float = 0.0
     """Share of the machine's processor time that nothing used."""
 
 
@@ -125,9 +127,8 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     with started(folder, bundle, ours_only=options.ours_only) as servers:
         for name, study in {"PNG 224 x 224": png(), "DICOM 1024 x 1024": dicom(folder)}.items():
             print(f"\n{name}, {len(study.content) / 1024:.0f} KiB a request, {options.threads} threads")
-            bare(bundle, study, options)
             fitting = [server for server in servers if not server.pictures_only or study.content_type == "image/png"]
-            measure(folder, fitting, study, options)
+            measure(folder, bundle, fitting, study, options)
 
 
 def new_bundle(path: Path, seed: int = 0) -> Bundle:
@@ -267,33 +268,34 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait(10)
 
 
-def bare(bundle: Bundle, study: Part, options: argparse.Namespace) -> None:
-    """In this process, no server."""
-    domain, decoding = open_domain("medical"), bundle.manifest.decoding
-    engine = open_engine(bundle, "openvino", options.threads)
-    torch.set_num_threads(options.threads)
-    rows = []
-    for name, predictor in {"PyTorch": Predictor(bundle), "OpenVINO": Predictor(bundle, engine.network)}.items():
+class Bare:
+    """One engine in this process, no server."""
 
-        def one(predictor: Predictor = predictor) -> None:
-            given = predictor.prepare(decoded(study, domain, decoding)[0])
-            predictor.forward(given[None])
+    def __init__(self, engine: str, predictor: Predictor, study: Part) -> None:
+        domain, decoding = open_domain("medical"), predictor.bundle.manifest.decoding
 
-        latencies, cpu = timed(one, options.seconds / 2)
+        def one() -> None:
+            predictor.forward(predictor.prepare(decoded(study, domain, decoding)[0])[None])
+
         prepared = predictor.prepare(decoded(study, domain, decoding)[0])[None]
-        rates = {
-            size: size / statistics.median(timed(lambda: predictor.forward(batch), options.seconds / 5)[0])  # noqa: B023
-            for size in BATCHES
-            for batch in [np.repeat(prepared, size, axis=0)]
-        }
-        best = max(rates, key=lambda size: rates[size])
-        rows.append(
-            f"| bare {name} | {quantile(latencies, 0.5):.1f} ms | {quantile(latencies, 0.99):.1f} ms | {cpu * 1e3:.1f} ms "
-            f"| {rates[best]:.1f} (batches of {best}, prepared) | | | | |"
-        )
-    print("| | 1 client, p50 | p99 | cpu | 16 clients, requests/s | cpu | clients | idle | failed |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    print("\n".join(rows), flush=True)
+        batches = {size: partial(predictor.forward, np.repeat(prepared, size, axis=0)) for size in BATCHES}
+        self._one = one
+        self._best = max(batches, key=lambda size: size / statistics.median(timed(batches[size], 2.0)[0]))
+        self._batch = batches[self._best]
+        self.name = f"bare {engine}, prepared batches of {self._best}"
+
+    def loads(self, seconds: float) -> tuple[Load, Load]:
+        """One study after the other; batches of the size that was the fastest at the start."""
+        latencies, cpu = timed(self._one, seconds)
+        batched, batched_cpu = timed(self._batch, seconds)
+        rate = self._best / statistics.median(batched)
+        return Load(latencies, 0, 1 / statistics.median(latencies), cpu), Load(batched, 0, rate, batched_cpu / self._best)
+
+
+def bare(bundle: Bundle, study: Part, threads: int) -> list[Bare]:
+    network = open_engine(bundle, "openvino", threads).network
+    torch.set_num_threads(threads)
+    return [Bare("PyTorch", Predictor(bundle), study), Bare("OpenVINO", Predictor(bundle, network), study)]
 
 
 def timed(work: Callable[[], Any], seconds: float) -> tuple[list[float], float]:
@@ -308,28 +310,49 @@ def timed(work: Callable[[], Any], seconds: float) -> tuple[list[float], float]:
     return sorted(latencies), (time.process_time() - used) / len(latencies)
 
 
-def measure(folder: Path, servers: list[Server], study: Part, options: argparse.Namespace) -> None:
-    """All servers in turn, each round; of several rounds the medians."""
-    found: dict[tuple[str, int], list[Load]] = {}
-    for number in range(options.rounds + 1):
-        for server in servers:
-            for clients in (1, CLIENTS):
-                window = loaded(folder, server, study, clients, options.seconds if number else 2.0)
-                if number:  # the first round warms up
-                    found.setdefault((server.name, clients), []).append(window)
+def measure(folder: Path, bundle: Bundle, servers: list[Server], study: Part, options: argparse.Namespace) -> None:
+    """The bare engines and all servers in turn, each round; of several rounds the medians."""
+    engines = bare(bundle, study, options.threads)
     for server in servers:
-        one, many = found[server.name, 1], found[server.name, CLIENTS]
-        p50, p99 = (statistics.median(quantile(window.latencies, share) for window in one) for share in (0.5, 0.99))
-        rate = statistics.median(window.throughput for window in many)
-        clients = statistics.median(window.clients_cpu for window in many) * 1e3
-        idle = statistics.median(window.idle for window in many)
-        cpu = [statistics.median(window.cpu for window in windows) * 1e3 for windows in (one, many)]
-        failed = sum(window.failed for window in (*one, *many))
-        print(
-            f"| {server.name} | {p50:.1f} ms | {p99:.1f} ms | {cpu[0]:.1f} ms "
-            f"| {rate:.1f} | {cpu[1]:.1f} ms | {clients:.2f} ms | {idle:.0%} | {failed} |",
-            flush=True,
-        )
+        for clients in (1, CLIENTS):
+            loaded(folder, server, study, clients, 2.0)  # warms up
+    found: dict[str, list[tuple[Load, Load]]] = {}
+    for _ in range(options.rounds):
+        for engine in engines:
+            found.setdefault(engine.name, []).append(engine.loads(options.seconds))
+        for server in servers:
+            one, many = (loaded(folder, server, study, clients, options.seconds) for clients in (1, CLIENTS))
+            found.setdefault(server.name, []).append((one, many))
+    print("| | 1 client, p50 | p99 | cpu | 16 clients, requests/s | cpu | clients | idle | failed |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, windows in found.items():
+        print(row(name, windows), flush=True)
+    ours = found[servers[0].name]
+    print("\n| `cvf serve` beside | p50, ratio (min .. max) | requests/s, ratio (min .. max) |\n|---|---|---|")
+    for name, windows in found.items():
+        if windows is not ours:
+            pairs = list(zip(ours, windows, strict=True))
+            slower = [quantile(a.latencies, 0.5) / quantile(b.latencies, 0.5) for (a, _), (b, _) in pairs]
+            faster = [a.throughput / b.throughput for (_, a), (_, b) in pairs]
+            print(f"| {name} | {spread(slower)} | {spread(faster)} |", flush=True)
+
+
+def row(name: str, windows: list[tuple[Load, Load]]) -> str:
+    one, many = zip(*windows, strict=True)
+    p50, p99 = (statistics.median(quantile(window.latencies, share) for window in one) for share in (0.5, 0.99))
+    rate = statistics.median(window.throughput for window in many)
+    cpu = [statistics.median(window.cpu for window in part) * 1e3 for part in (one, many)]
+    told = f"| {name} | {p50:.1f} ms | {p99:.1f} ms | {cpu[0]:.1f} ms | {rate:.1f} | {cpu[1]:.1f} ms "
+    generators = [window.clients_cpu for window in many if window.clients_cpu is not None]
+    if not generators:
+        return told + "| | | |"
+    clients = statistics.median(generators) * 1e3
+    idle = statistics.median(window.idle for window in many)
+    return told + f"| {clients:.2f} ms | {idle:.0%} | {sum(window.failed for window in (*one, *many))} |"
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
 
 
 def loaded(folder: Path, server: Server, study: Part, clients: int, seconds: float) -> Load:

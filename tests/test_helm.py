@@ -236,6 +236,7 @@ WRONG = {
     "a relative storage": ("storage=var/storage", "storage"),
     "no project": ("project=", "project: give the project's YAML: --set-file project=configs/demo.yaml"),
     "a project that is no YAML": ("project=[", "project: is not YAML"),
+    "keys that are nowhere": ("project=project: demo", 'gateway.access.file is "var/gateway-keys.jsonl", which no pod has'),
     "no model": ("inference.enabled=true", "inference.model: give one of uri and existingClaim"),
     "a component that is taken away": ("retraining=null", "retraining"),
     "an account that is taken away": ("gateway.serviceAccount=null", "serviceAccount"),

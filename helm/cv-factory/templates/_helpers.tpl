@@ -54,6 +54,22 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- dict "name" $project.project "storage" $storage | toYaml -}}
 {{- end -}}
 
+{{- /* Refuses a project whose file of keys the gateway's pod would not have: it would be started again and again. */ -}}
+{{- define "cv-factory.requireKeys" -}}
+{{- $access := default dict ((.Values.project | fromYaml).gateway).access -}}
+{{- if and (eq (default "api_keys" $access.kind) "api_keys") (not $access.env) -}}
+{{- $file := default "var/gateway-keys.jsonl" $access.file -}}
+{{- $folders := list -}}
+{{- if .Values.gateway.keysSecret }}{{ $folders = list "/etc/cv-factory/keys" }}{{ end -}}
+{{- range .Values.extraVolumeMounts }}{{ $folders = append $folders (trimSuffix "/" .mountPath) }}{{ end -}}
+{{- $found := false -}}
+{{- range $folders }}{{ if hasPrefix (printf "%s/" .) $file }}{{ $found = true }}{{ end }}{{ end -}}
+{{- if not $found -}}
+{{- fail (printf "project: gateway.access.file is %q, which no pod has; give gateway.keysSecret and the file /etc/cv-factory/keys/gateway-keys.jsonl, or a file below extraVolumeMounts" $file) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- /* Fields that the pods of all components have. */ -}}
 {{- define "cv-factory.pod" -}}
 {{- $own := index .root.Values .name -}}
