@@ -245,3 +245,28 @@ def test_the_team_is_told_by_a_webhook_word_for_word() -> None:
 def test_without_a_webhook_nobody_is_told() -> None:
     done = notify("all is well")
     assert (done.returncode, done.stdout) == (0, "SLACK_WEBHOOK is not set: nobody is told\n")
+
+
+@pytest.mark.parametrize("broken", [None, "install", "lint", "test", "test-kubernetes", "demo", "proofs"])
+def test_ci_fails_where_a_target_of_make_does(broken: str | None, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    for folder in (".ci", ".venv/bin", "var/demo"):
+        (project / folder).mkdir(parents=True)
+    shutil.copy(ROOT / ".ci/run", project / ".ci/run")
+    (project / ".venv/bin/python").symlink_to(sys.executable)
+    shown: dict[str, Any] = {key: {"bundle_digest": "a"} for key in ("champion", "endpoint", "retraining")}
+    shown |= {"normal": {"drift": False}, "shifted": {"drift": True}, "seconds": 1}
+    (project / "var/demo/summary.json").write_text(json.dumps(shown))
+    make = tmp_path / "bin/make"
+    make.parent.mkdir()
+    make.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/made\n[ "$1" != "{broken}" ]\n')
+    make.chmod(0o755)
+    path = f"{make.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run([project / ".ci/run"], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    made = (tmp_path / "made").read_text().split()
+    if broken:
+        assert done.returncode != 0
+        assert ("demo" in made) == (broken in {"demo", "proofs"})
+    else:
+        assert done.returncode == 0, done.stdout
+        assert sorted(made) == sorted(["install", "lint", "test", "test-kubernetes", "demo", "demo", "proofs"])
