@@ -296,7 +296,9 @@ def slow(data: Data, sequences: int) -> None:
         first = np.array([first_alarms(*nights(data, drift, seed), config) for seed in range(sequences)])
         after = np.where(first >= ONSET, first - ONSET + 1, np.inf)
         early = ", ".join(str(int(count)) for count in (first < ONSET).sum(0))
-        told = [f"{np.median(column):g} ({int(np.isinf(column).sum())} of {sequences} not)" for column in after.T]
+        nights_of = [f"{median:g}" if np.isfinite(median) else "none" for median in np.median(after, 0)]
+        missed = np.isinf(after).sum(0)
+        told = [f"{median} ({count} of {sequences} not)" for median, count in zip(nights_of, missed, strict=True)]
         print(f"| {drift} | " + " | ".join(told) + f" | {early} |", flush=True)
 
 
