@@ -8,8 +8,10 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -176,7 +178,8 @@ class Member:
             if error is None:
                 self.commit()
         finally:
-            self._consumer.close()
+            if not _ends_within(self._source.timeout, self._consumer.close):
+                log.warning("kafka: topic %s: left without a word to the group, which did not answer", self._source.topic)
             if self._dead_letters:
                 self._dead_letters.close()
 
@@ -218,12 +221,12 @@ class Member:
         Raises:
             ConfigError, Unavailable: it cannot be committed.
         """
-        offsets = [TopicPartition(self._source.topic, partition, offset) for partition, offset in self._done.items()]
-        self._done.clear()
-        self._since_commit = 0
+        if not (offsets := self._taken()):
+            return
+        committing = partial(self._consumer.commit, offsets=offsets, asynchronous=False)
         try:
-            if offsets:
-                self._consumer.commit(offsets=offsets, asynchronous=False)
+            if not _ends_within(self._source.timeout, committing):
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
         except KafkaException as error:
             if error.args[0].code() not in NOT_OURS:
                 raise explained(error.args[0], self._source) from None
@@ -235,8 +238,16 @@ class Member:
 
     def on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Another member joins or leaves, or this one closes."""
-        with contextlib.suppress(ConfigError, Unavailable):  # as where a commit is not ours any more
-            self.commit()
+        if offsets := self._taken():
+            with contextlib.suppress(KafkaException):  # as where a commit is not ours any more
+                consumer.commit(offsets=offsets, asynchronous=True)  # goes out before the partitions do; a wait here has no end
+
+    def _taken(self) -> list[TopicPartition]:
+        """Offsets to commit, which are the caller's from now on."""
+        offsets = [TopicPartition(self._source.topic, partition, offset) for partition, offset in self._done.items()]
+        self._done.clear()
+        self._since_commit = 0
+        return offsets
 
     def _on_error(self, error: KafkaError) -> None:
         if self._last_error is None or error.code() in DENIED:
@@ -252,6 +263,25 @@ class Member:
             if told.code() in {KafkaError._TRANSPORT, KafkaError._TIMED_OUT}:  # the reason came by the callback
                 told = self._last_error or told
             raise explained(told, self._source) from None
+
+
+def _ends_within(seconds: float, call: Callable[[], object]) -> bool:
+    """Whether ``call`` returned in time; one that did not is left behind, as librdkafka asks a group that is gone for ever
+    (https://github.com/confluentinc/librdkafka/issues/3740)."""
+    raised: list[Exception] = []
+
+    def carry_out() -> None:
+        try:
+            call()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=carry_out, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    return not thread.is_alive()
 
 
 def said_in(message: Message) -> dict[str, str]:

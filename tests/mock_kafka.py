@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from typing import Self
@@ -30,6 +32,10 @@ class MockCluster:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+    def freeze(self) -> None:
+        """Connections stay, nobody answers."""
+        os.kill(self._process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         """All brokers are gone."""

@@ -107,7 +107,9 @@ def login(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 
 @pytest.mark.proof
-def test_a_version_is_registered_by_an_account_that_may(login: Callable[..., None], prepared: Path, tmp_path: Path) -> None:
+def test_a_version_is_registered_by_an_account_that_may(
+    guarded: Guarded, login: Callable[..., None], prepared: Path, tmp_path: Path
+) -> None:
     login(*TRAINER)
     copy_run(prepared, tmp_path)
     world = World(tmp_path)
@@ -116,7 +118,7 @@ def test_a_version_is_registered_by_an_account_that_may(login: Callable[..., Non
     run_stage("register", world.config, run)
     record = RegisterRecord.model_validate(read_result(run, "register").record)
     assert record.model_version == 1
-    assert MlflowClient().get_model_version("registered", "1").run_id == record.mlflow_run_id
+    assert MlflowClient(guarded.url).get_model_version("registered", "1").run_id == record.mlflow_run_id
 
     other = world.run()
     login()
@@ -148,9 +150,11 @@ def test_the_doctor_tells_who_may_write(login: Callable[..., None], project: Cal
     assert READER[1] not in str(told)
 
 
-def test_artifacts_on_the_servers_own_disk_are_told(login: Callable[..., None], project: Callable[..., Path]) -> None:
+def test_artifacts_on_the_servers_own_disk_are_told(
+    guarded: Guarded, login: Callable[..., None], project: Callable[..., Path]
+) -> None:
     login(*TRAINER)
-    MlflowClient().create_experiment("misplaced", artifact_location="file:///only/on/the/server")
+    MlflowClient(guarded.url).create_experiment("misplaced", artifact_location="file:///only/on/the/server")
     told = found(project(project="misplaced"), "mlflow")["mlflow.artifacts"]
     assert (told.status, "only the server has" in told.found) == ("warn", True), "this server is this machine"
     assert _artifacts("http://mlflow.example", "/mlruns/1").status == "fail"

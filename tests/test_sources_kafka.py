@@ -328,13 +328,14 @@ class TestFailures:
         with pytest.raises(ConfigError, match="topic nowhere: is not there"):
             fetch(source(topic="nowhere"), inbox)
 
-    def test_brokers_that_go_away_are_told(
-        self, source: Callable[..., KafkaSource], inbox: Inbox, topic: str, send: Callable[..., None]
+    @pytest.mark.parametrize("lost", [MockCluster.kill, MockCluster.freeze])
+    def test_brokers_that_go_away_or_fall_silent_are_told(
+        self, source: Callable[..., KafkaSource], inbox: Inbox, send: Callable[..., None], lost: Callable[[MockCluster], None]
     ) -> None:
         class Last(Inbox):
             def put(self, *given: Any, **more: Any) -> None:
                 super().put(*given, **more)
-                cluster.kill()
+                lost(cluster)
 
         with MockCluster() as cluster:
             send(array(0), brokers=cluster.bootstrap_servers)

@@ -81,6 +81,8 @@ class _Reading(Member):
             if message is None or (error and error.code() != KafkaError._PARTITION_EOF):
                 continue
             if not error:
+                if not self._since_commit:
+                    self.commit()  # where we begin, before anything is stored: after a crash the inbox is not empty any more
                 yield message
             partition, offset = place(message)
             if self._ends and (error or offset + 1 >= self._ends.get(partition, 0)):
@@ -91,10 +93,9 @@ class _Reading(Member):
         """Ends that are read up to; from the start of an empty inbox."""
         marks = {place.partition: consumer.get_watermark_offsets(place, timeout=self._source.timeout) for place in partitions}
         self._ends = {partition: end for partition, (_, end) in marks.items()}
-        if self._from_start:  # committed before anything is stored: after a crash the inbox is not empty any more
+        if self._from_start:
             self._done = {partition: start for partition, (start, _) in marks.items()}
             consumer.assign([TopicPartition(self._source.topic, *place) for place in self._done.items()])
-            self.commit()
 
     def on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Commit what is stored; the new assignment says what is left."""
