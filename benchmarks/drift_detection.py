@@ -1,14 +1,15 @@
 """Drift on real chest X-rays, beside what others decide on the same windows.
 
     python benchmarks/drift_detection.py DATA [--size 100] [--quiet 300] [--shifted 40] [--nannyml venv/bin/python]
+    python benchmarks/drift_detection.py DATA --hospital IMAGES.TAR [--size 100] [--shifted 40] [--nannyml venv/bin/python]
     python benchmarks/drift_detection.py DATA --slow [--sequences 12]
     python benchmarks/drift_detection.py --large [--rows 1000000]
 
 DATA is PneumoniaMNIST's file. Features are ours: image statistics, and score, entropy and eight principal components of the
 embedding of a small network that is trained here on the file's validation and test images (8 epochs, seed 0). Each window of
 the training images meets a reference of its own, half of them, so that rows are exchangeable. A shifted window is changed in
-every study or, in the rows named so, in 30 % of them, as where one scanner of three changes. Seeded: the same versions print
-the same table.
+every study or, in the rows named so, in 30 % of them, as where one scanner of three changes. IMAGES.TAR are another hospital's
+studies, which stand in the place of so many of a window. Seeded: the same versions print the same table.
 
 The peers decide as they do by default: Evidently's preset (its test for each column, drift from half of the columns on; the
 tests are called directly, which gives the preset's verdict without its pages), Kolmogorov-Smirnov on each column with
@@ -26,6 +27,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -89,17 +91,18 @@ SHIFTS: dict[str, Callable[[Images, np.random.Generator], Images]] = {
     "scanner": scanner,
 }
 ROWS = [*SHIFTS, *(f"{name} in 30 %" for name in SHIFTS), "class balance"]
+ELSEWHERE = ["another hospital", "another hospital in 30 %", "another hospital in 10 %"]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Features of the training images as they are, and changed; and whether each shows pneumonia."""
+    """Features of the training images as they are, and changed, and of another hospital's; and whether each shows pneumonia."""
 
     tables: dict[str, Table]
     ill: NDArray[np.bool_]
 
     @classmethod
-    def load(cls, path: str) -> Data:
+    def load(cls, path: str, hospital: str | None = None) -> Data:
         arrays = np.load(path)
         images = {name: arrays[f"{name}_images"].astype(np.float32) / 255 for name in ("train", "val", "test")}
         labels = {name: arrays[f"{name}_labels"].ravel().astype(np.int64) for name in images}
@@ -107,7 +110,23 @@ class Data:
         describe = describer(*known)
         rng = np.random.default_rng(0)
         tables = {name: describe(change(images["train"], rng)) for name, change in SHIFTS.items()}
+        if hospital:
+            tables["another hospital"] = describe(images_in(hospital))
         return cls({"quiet": describe(images["train"]), **tables}, labels["train"] == 1)
+
+
+def images_in(archive: str) -> Images:
+    """As PneumoniaMNIST's were made: the square in the middle, at 28 px (Yang et al. 2023)."""
+    found = []
+    with tarfile.open(archive) as members:
+        for member in members:
+            if content := members.extractfile(member):
+                image = cv2.imdecode(np.frombuffer(content.read(), np.uint8), cv2.IMREAD_GRAYSCALE)
+                side = min(image.shape)
+                top, left = ((length - side) // 2 for length in image.shape)
+                square = image[top : top + side, left : left + side]
+                found.append(cv2.resize(square, (28, 28), interpolation=cv2.INTER_AREA).astype(np.float32) / 255)
+    return np.stack(found)
 
 
 def describer(images: Images, labels: NDArray[np.int64]) -> Callable[[Images], Table]:
@@ -152,7 +171,7 @@ def levels(images: Images) -> NDArray[np.uint16]:
 
 def windows(data: Data, shift: str, size: int, count: int) -> Iterator[tuple[Table, Table]]:
     """References and windows, the same ones for everybody."""
-    rng = np.random.default_rng([size, [*ROWS, "quiet"].index(shift)])
+    rng = np.random.default_rng([size, [*ROWS, "quiet", *ELSEWHERE].index(shift)])
     quiet = data.tables["quiet"]
     for _ in range(count):
         order = rng.permutation(len(quiet))
@@ -161,8 +180,11 @@ def windows(data: Data, shift: str, size: int, count: int) -> Iterator[tuple[Tab
             rest, ill = order[REFERENCE:], data.ill[order[REFERENCE:]]
             pneumonia = rng.binomial(size, 0.5)
             rows = np.concatenate([rest[ill][:pneumonia], rest[~ill][: size - pneumonia]])
-        changed = data.tables[shift.removesuffix(" in 30 %")][rows] if shift.split()[0] in SHIFTS else quiet[rows]
-        keep = rng.random(len(rows)) >= (0.3 if shift.endswith("30 %") else 1)
+        of, _, share = shift.partition(" in ")
+        changed = data.tables[of][rows] if of in SHIFTS else quiet[rows]
+        if of in ELSEWHERE:  # fewer images than rows: some come twice
+            changed = data.tables[of][rng.integers(len(data.tables[of]), size=len(rows))]
+        keep = rng.random(len(rows)) >= (float(share.removesuffix(" %")) / 100 if share else 1)
         yield quiet[order[:REFERENCE]], np.where(keep[:, None], quiet[rows], changed)
 
 
@@ -239,11 +261,11 @@ SHARE = 5
 """MMD and NannyML take long: they get the first windows of each row, one in so many."""
 
 
-def detection(data: Data, size: int, quiet: int, shifted: int, python: str | None) -> None:
-    """A table of one window size. Whoever alarms always finds everything: the last row is the mean over the shifts less the
-    rate of false alarms."""
+def detection(data: Data, size: int, counts: dict[str, int], python: str | None) -> None:
+    """A table of one window size, of so many windows by row. Whoever alarms always finds everything: the last row is the mean
+    over the shifts less the rate of false alarms."""
     table = []
-    for shift, count in (("quiet", quiet), *((shift, shifted) for shift in ROWS)):
+    for shift, count in counts.items():
         pairs = list(windows(data, shift, size, count))
         few = pairs[: max(count // SHARE, 10)]
         rates = {
@@ -258,6 +280,8 @@ def detection(data: Data, size: int, quiet: int, shifted: int, python: str | Non
         table.append(list(rates.values()))
         print(f"| {shift} | " + " | ".join(f"{rate:.1%}" if shift == "quiet" else f"{rate:.0%}" for rate in table[-1]) + " |")
         sys.stdout.flush()
+    if "quiet" not in counts:
+        return
     mean = np.mean(table[1:], 0)
     print("| mean of the shifts | " + " | ".join(f"{rate:.1%}" for rate in mean) + " |")
     print("| mean less false alarms | " + " | ".join(f"{rate:.1%}" for rate in mean - table[0]) + " |")
@@ -381,6 +405,7 @@ def main() -> None:
     parser.add_argument("--quiet", type=int, default=300)
     parser.add_argument("--shifted", type=int, default=40)
     parser.add_argument("--nannyml", help="interpreter of an environment with NannyML")
+    parser.add_argument("--hospital", help="archive of another hospital's images; only its rows")
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--sequences", type=int, default=12)
     parser.add_argument("--large", action="store_true")
@@ -388,7 +413,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     versions = {name: version(name) for name in ("evidently", "scipy", "numpy", "pandas", "torch")}
-    given = " ".join(sys.argv[1:]).replace(str(options.data), "DATA")
+    given = " ".join(sys.argv[1:]).replace(str(options.data), "DATA").replace(str(options.hospital), "IMAGES.TAR")
     print(f"Python {platform.python_version()}, {json.dumps(versions)}, {given}")
     if options.large:
         speed()
@@ -396,7 +421,10 @@ def main() -> None:
     elif options.slow:
         slow(Data.load(options.data), options.sequences)
     else:
-        detection(Data.load(options.data), options.size, options.quiet, options.shifted, options.nannyml)
+        counts = {"quiet": options.quiet, **dict.fromkeys(ROWS, options.shifted)}
+        if options.hospital:
+            counts = dict.fromkeys(ELSEWHERE, options.shifted)
+        detection(Data.load(options.data, options.hospital), options.size, counts, options.nannyml)
     print(f"\n{time.monotonic() - started:.0f} s")
 
 
