@@ -121,12 +121,16 @@ def images_in(archive: str) -> Images:
     with tarfile.open(archive) as members:
         for member in members:
             if content := members.extractfile(member):
-                image = cv2.imdecode(np.frombuffer(content.read(), np.uint8), cv2.IMREAD_GRAYSCALE)
-                side = min(image.shape)
-                top, left = ((length - side) // 2 for length in image.shape)
-                square = image[top : top + side, left : left + side]
-                found.append(cv2.resize(square, (28, 28), interpolation=cv2.INTER_AREA).astype(np.float32) / 255)
-    return np.stack(found)
+                found.append(cv2.imdecode(np.frombuffer(content.read(), np.uint8), cv2.IMREAD_GRAYSCALE))
+    small = [cv2.resize(square(image), (28, 28), interpolation=cv2.INTER_AREA) for image in found]
+    return np.stack(small).astype(np.float32) / 255
+
+
+def square(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The one in the middle."""
+    side = min(image.shape)
+    top, left = ((length - side) // 2 for length in image.shape)
+    return image[top : top + side, left : left + side]
 
 
 def describer(images: Images, labels: NDArray[np.int64]) -> Callable[[Images], Table]:
@@ -181,11 +185,10 @@ def windows(data: Data, shift: str, size: int, count: int) -> Iterator[tuple[Tab
             pneumonia = rng.binomial(size, 0.5)
             rows = np.concatenate([rest[ill][:pneumonia], rest[~ill][: size - pneumonia]])
         of, _, share = shift.partition(" in ")
-        changed = data.tables[of][rows] if of in SHIFTS else quiet[rows]
-        if of in ELSEWHERE:  # fewer images than rows: some come twice
-            changed = data.tables[of][rng.integers(len(data.tables[of]), size=len(rows))]
+        table = data.tables.get(of, quiet)
+        drawn = rng.integers(len(table), size=len(rows)) if of in ELSEWHERE else rows  # fewer images than rows: some come twice
         keep = rng.random(len(rows)) >= (float(share.removesuffix(" %")) / 100 if share else 1)
-        yield quiet[order[:REFERENCE]], np.where(keep[:, None], quiet[rows], changed)
+        yield quiet[order[:REFERENCE]], np.where(keep[:, None], quiet[rows], table[drawn])
 
 
 def ours(reference: Table, window: Table) -> Verdicts:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from cv_factory_ops.config.sources import KafkaSource, KafkaTopic
 from cv_factory_ops.errors import ConfigError, Rejected, Unavailable
+from cv_factory_ops.processes import ends_within
 
 log = logging.getLogger("cvf")
 
@@ -178,7 +178,7 @@ class Member:
             if error is None:
                 self.commit()
         finally:
-            if not _ends_within(self._source.timeout, self._consumer.close):
+            if not ends_within(self._source.timeout, self._consumer.close):
                 log.warning("kafka: topic %s: left without a word to the group, which did not answer", self._source.topic)
             if self._dead_letters:
                 self._dead_letters.close()
@@ -225,7 +225,8 @@ class Member:
             return
         committing = partial(self._consumer.commit, offsets=offsets, asynchronous=False)
         try:
-            if not _ends_within(self._source.timeout, committing):
+            # Without an answer librdkafka asks for ever: https://github.com/confluentinc/librdkafka/issues/3740
+            if not ends_within(self._source.timeout, committing):
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
         except KafkaException as error:
             if error.args[0].code() not in NOT_OURS:
@@ -263,25 +264,6 @@ class Member:
             if told.code() in {KafkaError._TRANSPORT, KafkaError._TIMED_OUT}:  # the reason came by the callback
                 told = self._last_error or told
             raise explained(told, self._source) from None
-
-
-def _ends_within(seconds: float, call: Callable[[], object]) -> bool:
-    """Whether ``call`` returned in time; one that did not is left behind, as librdkafka asks a group that is gone for ever
-    (https://github.com/confluentinc/librdkafka/issues/3740)."""
-    raised: list[Exception] = []
-
-    def carry_out() -> None:
-        try:
-            call()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=carry_out, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    return not thread.is_alive()
 
 
 def said_in(message: Message) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""What processes that others start ask of the system: to end with their parent, and to keep the memory they work in."""
+"""What processes that others start ask of the system: to end with their parent, and to keep the memory they work in; and
+waiting no longer than so long for a call that may never return."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 
 KEPT_ALLOCATION, KEPT_HEAP = 32 << 20, 256 << 20
 """Bytes: the largest allocation that is taken from the heap, and how much of the heap's end may lie free."""
@@ -27,3 +30,21 @@ def keep_memory() -> None:
         if hasattr(c, "mallopt"):  # not every C library is GNU's
             c.mallopt(-3, KEPT_ALLOCATION)  # M_MMAP_THRESHOLD
             c.mallopt(-1, KEPT_HEAP)  # M_TRIM_THRESHOLD
+
+
+def ends_within(seconds: float, call: Callable[[], object]) -> bool:
+    """Whether ``call`` returned in time; raises what it raises. One that did not is left behind in a thread of its own."""
+    raised: list[Exception] = []
+
+    def carry_out() -> None:
+        try:
+            call()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=carry_out, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    return not thread.is_alive()

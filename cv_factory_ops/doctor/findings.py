@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 from cv_factory_ops import storage
 from cv_factory_ops.config import ProjectConfig
 from cv_factory_ops.errors import CvFactoryError, unexpected
+from cv_factory_ops.processes import ends_within
 from cv_factory_ops.records import Frozen
 
 PATIENCE = 60.0
@@ -61,11 +62,9 @@ def fail(name: str, found: str, mend: str = "") -> Finding:
 def carried_out(check: Check, config: ProjectConfig, patience: float = PATIENCE) -> list[Finding]:
     """What a check finds; one that breaks or hangs is told as such, and its thread left behind."""
     found: list[Finding] = []
-    thread = threading.Thread(target=_look, args=(check, config, found), name=check.name, daemon=True)
-    thread.start()
-    thread.join(patience)
-    late = [warn(check.name, f"cannot be told: no end within {patience:g} s", check.mend)] if thread.is_alive() else []
-    return [*found, *late]
+    if ends_within(patience, partial(_look, check, config, found)):
+        return found
+    return [*found, warn(check.name, f"cannot be told: no end within {patience:g} s", check.mend)]
 
 
 def _look(check: Check, config: ProjectConfig, found: list[Finding]) -> None:
