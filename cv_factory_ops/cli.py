@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import cv_factory_ops
 from cv_factory_ops.errors import ConfigError, CvFactoryError, Interrupted, unexpected
+from cv_factory_ops.processes import keep_memory
 
 if TYPE_CHECKING:
     from cv_factory_ops.stage import Order
@@ -33,6 +34,7 @@ INTERRUPTED = "interrupted; a retry goes on from what is stored"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    keep_memory()
     options = parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("alembic", "mlflow", "botocore", "httpx", "matplotlib", "sagemaker"):

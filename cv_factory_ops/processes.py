@@ -1,5 +1,5 @@
-"""What processes that others start ask of the system: to end with their parent, and to keep the memory they work in; and
-waiting no longer than so long for a call that may never return."""
+"""What processes ask of the system: to end with the parent that started them, and to keep the memory they work in; and waiting
+no longer than so long for a call that may never return."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def die_with(parent: int) -> None:
 
 
 def keep_memory() -> None:
-    """Ask the C library to use freed memory again rather than give it back: an image of 512 x 512 would otherwise cost its
-    decoder some hundred page faults, as much time as its pixels take."""
+    """Ask the C library to use freed memory again rather than give it back: every image, body of a request and batch would
+    otherwise cost a page fault each 4 KiB, together as much time as its pixels take."""
     if sys.platform == "linux":
         c = ctypes.CDLL(None)
         if hasattr(c, "mallopt"):  # not every C library is GNU's

@@ -21,6 +21,7 @@ from cv_factory_ops.config.training import FixMatchConfig
 from cv_factory_ops.errors import ConfigError, CvFactoryError, PeerLost, Unavailable, unexpected
 from cv_factory_ops.preprocessing.shards import read_index
 from cv_factory_ops.pretrained import load_weights
+from cv_factory_ops.processes import keep_memory
 from cv_factory_ops.training import checkpoint
 from cv_factory_ops.training.data import Shard
 from cv_factory_ops.training.distributed import Pauses, World, join, lost_peer, shared, sum_over_ranks
@@ -39,6 +40,7 @@ log = logging.getLogger("cvf")
 
 def main(path: str) -> int:
     """Train as this rank; returns the exit code."""
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the launcher ends its ranks
     layout = f"%(asctime)s [rank {os.environ['RANK']}] %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=layout, datefmt="%H:%M:%S")

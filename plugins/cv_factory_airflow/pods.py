@@ -496,29 +496,29 @@ class StagePods(KubernetesPodOperator):
 
     @patiently
     def _delete(self, pod: V1Pod) -> None:
-        """Delete this very pod, not one that has taken its name since."""
-        options = V1DeleteOptions(preconditions=V1Preconditions(uid=pod.metadata.uid))
-        if pod.status.phase == "Pending":  # nothing runs in it, and an older kubelet takes a minute to notice that it should go
-            options.grace_period_seconds = 0
         try:
-            self.client.delete_namespaced_pod(pod.metadata.name, self.namespace, body=options)
+            self.client.delete_namespaced_pod(pod.metadata.name, self.namespace, body=deletion_of(pod))
         except ApiException as error:
             if error.status not in {404, 409}:
                 raise
 
     def _await_gone(self, pods: list[V1Pod]) -> None:
+        """Wait for deleted pods. One that has ended goes at once when it is deleted again; its kubelet may take a minute."""
         patience = max((pod.spec.termination_grace_period_seconds or 0 for pod in pods), default=0) + 60
         deadline = time.monotonic() + patience
-        while left := [pod.metadata.name for pod in pods if self._is_there(pod)]:
+        while left := [found for pod in pods if (found := self._still_there(pod))]:
             if time.monotonic() > deadline:
                 raise AirflowException(
-                    f"pod {left[0]} does not end within {patience} s; is its machine gone? Delete it by --force"
+                    f"pod {left[0].metadata.name} does not end within {patience} s; is its machine gone? Delete it by --force"
                 )
+            for pod in left:
+                if pod.status.phase in {"Succeeded", "Failed"}:
+                    self._delete(pod)
             time.sleep(0.2)
 
-    def _is_there(self, pod: V1Pod) -> bool:
+    def _still_there(self, pod: V1Pod) -> V1Pod | None:
         found = self._read(pod.metadata.name)
-        return found is not None and found.metadata.uid == pod.metadata.uid
+        return found if found and found.metadata.uid == pod.metadata.uid else None
 
 
 class GangTrigger(KubernetesPodTrigger):
@@ -554,6 +554,12 @@ class GangTrigger(KubernetesPodTrigger):
                 return self._event("success" if ending and ending.code == 0 else "failed")
             await asyncio.sleep(self.poll_interval)
 
+    async def on_kill(self) -> None:
+        """A person ended the task: delete every pod of the gang, not the first alone, whose others would wait for its end."""
+        if not self._fired_event:
+            for pod in await self._pods():
+                await self._delete(pod)
+
     def _event(self, status: str) -> TriggerEvent:
         event = {"status": status, "namespace": self.pod_namespace, "name": self.pod_name, "message": "", **self.trigger_kwargs}
         return TriggerEvent(event)  # type: ignore[no-untyped-call]
@@ -573,6 +579,16 @@ class GangTrigger(KubernetesPodTrigger):
             raise KubernetesApiException("no answer in time") from error
         return sorted(found.items, key=node_of)
 
+    @patiently
+    async def _delete(self, pod: Any) -> None:
+        async with self.hook.get_conn() as connection:
+            api = async_client.CoreV1Api(connection)
+            try:
+                await api.delete_namespaced_pod(pod.metadata.name, self.pod_namespace, body=deletion_of(pod))
+            except async_client.ApiException as error:
+                if error.status not in {404, 409}:
+                    raise
+
     async def _repeat_log(self, pod: Any) -> None:
         name, node = pod.metadata.name, node_of(pod)
         try:
@@ -583,6 +599,14 @@ class GangTrigger(KubernetesPodTrigger):
             return
         for line in self.watch.new_lines(node, log):
             self.log.info("[%s] %s", tag(self.base_container_name, node), line)
+
+
+def deletion_of(pod: V1Pod) -> V1DeleteOptions:
+    """Delete this very pod, not one that has taken its name since."""
+    options = V1DeleteOptions(preconditions=V1Preconditions(uid=pod.metadata.uid))
+    if pod.status.phase == "Pending":  # nothing runs in it, and an older kubelet takes a minute to notice that it should go
+        options.grace_period_seconds = 0
+    return options
 
 
 def explained(error: ApiException) -> AirflowException:

@@ -25,6 +25,7 @@ from local.cluster import IMAGE, context, runtime
 from tests.conftest import TINY
 
 PSEUDONYM_KEY = "a key that only a Secret holds"
+PATIENCE = 240.0
 os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="airflow-"))  # Airflow writes there when imported
 
 
@@ -100,9 +101,9 @@ def operators() -> ModuleType:
     return cv_factory_airflow.operators
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Wait for a condition; returns its value."""
-    deadline = time.monotonic() + seconds
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait for a condition; returns its value. A kubelet may take a minute to notice what it should do."""
+    deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.2)

@@ -64,7 +64,6 @@ SHORT_WAITS = {
 }
 SLOW = {"data.source.patients": 1500}
 LONG = {"training.epochs": 100, "training.batch_size": 4}
-PATIENCE = 240.0
 WAITING = {"tiny": "deferred", "plain": "running"}
 """State of a project's task while its pods run."""
 
@@ -182,7 +181,7 @@ class Task:
             assert now == state or now not in ends, self.log(self.tries)[-10:]
             return now == state
 
-        until(reached, PATIENCE)
+        until(reached)
 
     def _call(self, method: str, place: str, **arguments: Any) -> Any:
         return self._send(method, f"/dags/{self.dag}/dagRuns/{self.run}/taskInstances/{self.stage}{place}", **arguments)
@@ -302,7 +301,7 @@ def test_dags_test_runs_the_whole_chain_in_pods(
 
 def test_training_is_deferred_while_its_pods_run(api: Any, namespace: str, train: Callable[..., Task], seen: Seen) -> None:
     task = train("tiny", {"training.epochs": 3})
-    until(lambda: phases(api, namespace) == ["Running", "Running"] and task.state == "deferred", PATIENCE)
+    until(lambda: phases(api, namespace) == ["Running", "Running"] and task.state == "deferred")
     task.wait("success")
     assert task.record["world_size"] == 2
     told = task.log()
@@ -318,7 +317,7 @@ def test_killed_triggerer_is_replaced_by_the_next(
     api: Any, namespace: str, stack: Stack, train: Callable[..., Task], seen: Seen, mlflow_server: str
 ) -> None:
     task = train("tiny", LONG)
-    until(lambda: task.tells("epoch 1/100"), PATIENCE)
+    until(lambda: task.tells("epoch 1/100"))
     kill(service(stack, "triggerer"))
     stack.restart("triggerer")
     task.wait("success")
@@ -334,7 +333,7 @@ def test_task_that_a_person_ends_leaves_no_pod(
     api: Any, namespace: str, train: Callable[..., Task], seen: Seen, project: str, state: str
 ) -> None:
     task = train(project, LONG)
-    until(lambda: phases(api, namespace) == ["Running", "Running"] and task.state == WAITING[project], PATIENCE)
+    until(lambda: phases(api, namespace) == ["Running", "Running"] and task.state == WAITING[project])
     task.mark(state)
     until(lambda: names(api, namespace) == [])
     assert task.state == state
@@ -346,10 +345,10 @@ def test_cleared_task_trains_on_in_a_new_pod(
     api: Any, namespace: str, train: Callable[..., Task], seen: Seen, project: str, mlflow_server: str
 ) -> None:
     task = train(project, LONG | {"training.nodes": 1})
-    until(lambda: task.tells("epoch 1/100"), PATIENCE)
+    until(lambda: task.tells("epoch 1/100"))
     old = set(seen.pods)
     task.clear()
-    until(lambda: task.tries == 2, PATIENCE)
+    until(lambda: task.tries == 2)
     task.wait("success")
     assert names(api, namespace) == []
     assert len(set(seen.pods) - old) == 1
@@ -360,7 +359,7 @@ def test_killed_worker_leaves_its_pod_to_the_retry(
     api: Any, namespace: str, stack: Stack, start: Callable[..., Task], seen: Seen
 ) -> None:
     task = start("plain_ingest", SLOW)
-    until(lambda: phases(api, namespace) == ["Running"], PATIENCE)
+    until(lambda: phases(api, namespace) == ["Running"])
     kill(worker(stack))
     expect_rejoined(task, seen)
 
@@ -369,7 +368,7 @@ def test_worker_that_must_go_leaves_its_pod_to_the_retry(
     api: Any, namespace: str, stack: Stack, start: Callable[..., Task], seen: Seen
 ) -> None:
     task = start("plain_ingest", SLOW)
-    until(lambda: phases(api, namespace) == ["Running"], PATIENCE)
+    until(lambda: phases(api, namespace) == ["Running"])
     worker(stack).terminate()
     expect_rejoined(task, seen)
 
@@ -379,7 +378,7 @@ def test_killed_scheduler_leaves_its_pod_to_the_next(
     api: Any, namespace: str, stack: Stack, start: Callable[..., Task], seen: Seen, workers: str, patients: int
 ) -> None:
     task = start("plain_ingest", {"data.source.patients": patients})
-    until(lambda: phases(api, namespace) == ["Running"], PATIENCE)
+    until(lambda: phases(api, namespace) == ["Running"])
     scheduler = service(stack, "scheduler")
     if workers == "killed too":
         kill(scheduler)
@@ -394,14 +393,14 @@ def test_pod_that_vanishes_before_the_worker_looks(
     api: Any, namespace: str, stack: Stack, start: Callable[..., Task], seen: Seen, phase: str, pods: int
 ) -> None:
     task = start("tiny_ingest", SLOW)
-    until(lambda: task.state == "deferred" and phases(api, namespace) == ["Running"], PATIENCE)
+    until(lambda: task.state == "deferred" and phases(api, namespace) == ["Running"])
     with no_free_slot(stack):
-        until(lambda: phases(api, namespace) == [phase], PATIENCE)
+        until(lambda: phases(api, namespace) == [phase])
         if phase == "Succeeded":
-            until(lambda: task.state == "scheduled", PATIENCE)
+            until(lambda: task.state == "scheduled")
         [name] = names(api, namespace)
         api.delete_namespaced_pod(name, namespace)
-        until(lambda: task.state == "scheduled" and names(api, namespace) == [], PATIENCE)
+        until(lambda: task.state == "scheduled" and names(api, namespace) == [])
     task.wait("success")
     assert task.record["accepted"] > 1500
     assert task.tries == 1
@@ -415,7 +414,7 @@ def run_id(request: pytest.FixtureRequest) -> str:
 
 def expect_rejoined(task: Task, seen: Seen) -> None:
     """The second try ends well with the first one's pod."""
-    until(lambda: task.tries == 2, PATIENCE)
+    until(lambda: task.tries == 2)
     task.wait("success")
     assert task.record["accepted"] > 1500
     assert len(seen.pods) == 1

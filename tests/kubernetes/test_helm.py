@@ -92,7 +92,7 @@ def release(api: Any, namespace: str, s3_server: str, project: Project) -> Itera
     finally:
         helm("uninstall", "cvf", "--namespace", namespace, "--wait", "--timeout", "3m")
     assert helm("list", "--all", "--namespace", namespace, "--short") == ""
-    until(lambda: api.list_namespaced_pod(namespace, label_selector="app.kubernetes.io/instance=cvf").items == [], 120)
+    until(lambda: api.list_namespaced_pod(namespace, label_selector="app.kubernetes.io/instance=cvf").items == [])
 
 
 def told_by_pods(api: Any, namespace: str) -> str:
@@ -164,7 +164,7 @@ def roll_out(release: Release) -> None:
     variant = {"VariantName": "AllTraffic", "ModelName": name, "InitialInstanceCount": 1, "InstanceType": "ml.m5.large"}
     control.create_endpoint_config(EndpointConfigName=name, ProductionVariants=[variant])
     control.create_endpoint(EndpointName=name, EndpointConfigName=name)
-    until(lambda: control.describe_endpoint(EndpointName=name)["EndpointStatus"] != "Creating", 120)
+    until(lambda: control.describe_endpoint(EndpointName=name)["EndpointStatus"] != "Creating")
     assert control.describe_endpoint(EndpointName=name)["EndpointStatus"] == "InService"
 
 
@@ -202,7 +202,7 @@ def run_job(release: Release, component: str) -> str:
     spec = release.manifest[("CronJob", component)]["spec"]["jobTemplate"]["spec"]
     name, batch = f"{component}-now", client.BatchV1Api()
     batch.create_namespaced_job(release.namespace, {"metadata": {"name": name}, "spec": spec})
-    until(lambda: (status := batch.read_namespaced_job(name, release.namespace).status).succeeded or status.failed, 240)
+    until(lambda: (status := batch.read_namespaced_job(name, release.namespace).status).succeeded or status.failed)
     [pod, *_] = release.api.list_namespaced_pod(release.namespace, label_selector=f"job-name={name}").items
     log = log_of(release.api, release.namespace, pod.metadata.name)
     assert batch.read_namespaced_job(name, release.namespace).status.succeeded, log
