@@ -28,7 +28,7 @@ from cv_factory_ops.config.preprocessing import PreprocessingConfig, Step
 from cv_factory_ops.config.training import AugmentConfig
 from cv_factory_ops.domain import Decoded, to_uint16
 from cv_factory_ops.errors import ConfigError, DataError, Rejected
-from cv_factory_ops.ingestion.decode import instances
+from cv_factory_ops.ingestion.decode import as_unit_range, instances
 from cv_factory_ops.ingestion.manifest import Row, write_manifest
 from cv_factory_ops.ingestion.pixels import PixelWriter, Place, pixel_digest
 from cv_factory_ops.models import build
@@ -194,6 +194,14 @@ def test_three_channels_stay_three() -> None:
     grey = np.repeat(noise(20, 20)[:, :, None], 3, axis=2)
     of_color, of_grey = image_statistics(prepare(grey, config(20))), image_statistics(prepare(grey[:, :, 0], config(20)))
     assert of_color == pytest.approx(of_grey, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (1, 1), (40, 50, 3)])
+def test_quantiles_are_those_of_numpy(shape: tuple[int, ...]) -> None:
+    levels = np.random.default_rng(0).integers(0, 65536, shape).astype(np.uint16)
+    found = image_statistics(levels)
+    expected = np.quantile(as_unit_range(levels).astype(np.float64), [0.05, 0.95])
+    assert [found["p05"], found["p95"]] == pytest.approx(expected, abs=1e-5 if len(shape) == 3 else 1e-7)
 
 
 def test_serving_prepares_what_training_has_stored() -> None:

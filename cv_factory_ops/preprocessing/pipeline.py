@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, assert_never
 
 import cv2
@@ -25,6 +24,7 @@ from cv_factory_ops.domain import to_uint16
 from cv_factory_ops.errors import Rejected
 from cv_factory_ops.preprocessing.geometry import Spacing as Spacing
 from cv_factory_ops.preprocessing.geometry import extent
+from cv_factory_ops.preprocessing.statistics import quantiles
 
 if TYPE_CHECKING:
     import torch
@@ -111,22 +111,8 @@ def _normalise(image: Image, step: NormaliseStep) -> Image:
 
 
 def _clip(image: Image, lower: float, upper: float) -> Image:
-    counts = _counts(image)
-    bottom, top = _quantile(counts, lower), _quantile(counts, upper)
+    bottom, top = quantiles(to_uint16(image), [lower, upper])
     return _unit(((image - np.float32(bottom)) / np.float32(max(top - bottom, 1e-6))).astype(np.float32))
-
-
-def _counts(image: Image) -> NDArray[np.int64]:
-    """(65536,) how many values are at most at each level: counting is ten times as fast as sorting."""
-    counts: NDArray[np.int64] = np.bincount(to_uint16(image).ravel(), minlength=65536).cumsum()
-    return counts
-
-
-def _quantile(counts: NDArray[np.int64], share: float) -> float:
-    """The quantile, linear between two values, in 0..1."""
-    rank = share * (int(counts[-1]) - 1)
-    below, above = np.searchsorted(counts, [math.floor(rank), math.ceil(rank)], side="right")
-    return float(below + (above - below) * (rank - math.floor(rank))) / 65535
 
 
 def _equalise(image: Image, step: EqualiseStep) -> Image:

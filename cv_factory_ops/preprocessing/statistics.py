@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_factory_ops.domain import to_uint16
 from cv_factory_ops.ingestion.decode import as_unit_range
 
 STATISTICS = ("mean", "std", "p05", "p95", "sharpness", "noise", "saturated")
@@ -19,16 +23,28 @@ def image_statistics(prepared: NDArray[np.uint16]) -> dict[str, float]:
     share of pixels at either end of the range.
     """
     image = as_unit_range(prepared)
-    low, high = np.quantile(image, [0.05, 0.95])
+    low, high = quantiles(prepared if prepared.ndim == 2 else to_uint16(image), [0.05, 0.95])
     return {
         "mean": float(image.mean()),
         "std": float(image.std()),
-        "p05": float(low),
-        "p95": float(high),
+        "p05": low,
+        "p95": high,
         "sharpness": float(np.log(cv2.Laplacian(image, cv2.CV_32F).var() + 1e-8)),
         "noise": _noise(image),
         "saturated": float(((image <= 0.0) | (image >= 1.0)).mean()),
     }
+
+
+def quantiles(levels: NDArray[np.uint16], shares: Sequence[float]) -> list[float]:
+    """Of the values of an image, 0..65535, as 0..1, linear between two: counting them is several times as fast as sorting."""
+    at_most = np.bincount(levels.ravel(), minlength=65536).cumsum()
+    return [_quantile(at_most, share) for share in shares]
+
+
+def _quantile(at_most: NDArray[np.int64], share: float) -> float:
+    rank = share * (int(at_most[-1]) - 1)
+    below, above = np.searchsorted(at_most, [math.floor(rank), math.ceil(rank)], side="right")
+    return float(below + (above - below) * (rank - math.floor(rank))) / 65535
 
 
 def _noise(image: NDArray[np.float32]) -> float:
