@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -22,14 +22,15 @@ from cv_factory_ops.models import Classifier
 from cv_factory_ops.predictor import Network
 
 if TYPE_CHECKING:
-    from openvino import CompiledModel, Core
+    from openvino import Core, InferRequest, Model
 
 log = logging.getLogger("cvf")
 
 TOLERANCE = 1e-3
 """Largest difference of logits and embedding, relative to their largest magnitude, from PyTorch's: both calculate in float32,
 in another order."""
-
+MOST_LANES = 4
+"""Batches that are calculated at a time at most: each takes memory for what it calculates."""
 
 EngineName = Literal["openvino", "torch"]
 
@@ -40,6 +41,10 @@ class Engine:
 
     name: EngineName
     network: Network
+    """One batch at a time, on all threads: the soonest answer."""
+    beside: Network
+    """Up to :attr:`lanes` batches at a time, which share the threads: the most answers."""
+    lanes: int
 
 
 def open_engine(bundle: Bundle, name: EngineName, threads: int) -> Engine:
@@ -51,32 +56,49 @@ def open_engine(bundle: Bundle, name: EngineName, threads: int) -> Engine:
     if name == "openvino":
         torch.set_num_threads(1)
         try:
-            return Engine("openvino", _checked(OpenVino(network, _shape(bundle), threads), network, _shape(bundle)))
+            engine = OpenVino(network, _shape(bundle), threads)
+            for way in (engine, engine.beside):
+                _check(way, network, _shape(bundle))
+            return Engine("openvino", engine, engine.beside, engine.lanes)
         except Exception as error:  # of a converter for all networks there are, so any kind
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             log.warning("engine: OpenVINO cannot run this network, PyTorch does, which is slower (%s)", reason)
     torch.set_num_threads(threads)
-    return Engine("torch", network)
+    return Engine("torch", network, network, 1)
 
 
 class OpenVino:
     """A network compiled by OpenVINO in float32: an image's answer does not depend on those it is batched with.
 
-    One thread at a time calculates; others wait.
+    A call has all threads, and others wait for its end. Those of :meth:`beside` share the threads: none waits for what another
+    one calculates, which decoding and other work on the same processors would hold up.
     """
 
     def __init__(self, network: Classifier, shape: tuple[int, int, int], threads: int) -> None:
         """``shape``: channels, height and width of an image."""
-        self._request = _compiled(network, shape, threads).create_infer_request()
-        self._lock = threading.Lock()
+        model = _converted(network, shape)
+        self.lanes = min(threads, MOST_LANES)
+        self._alone = _requests(model, threads, 1)
+        self._beside = _requests(model, threads, self.lanes) if self.lanes > 1 else self._alone
 
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with self._lock:
-            logits, embedding = self._request.infer([images.numpy()], share_inputs=True).values()
-        return torch.from_numpy(logits), torch.from_numpy(embedding)
+        return _answered(self._alone, images)
+
+    def beside(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As a call, beside up to :attr:`lanes` minus one others."""
+        return _answered(self._beside, images)
 
 
-def _compiled(network: Classifier, shape: tuple[int, int, int], threads: int) -> CompiledModel:
+def _answered(free: SimpleQueue[InferRequest], images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    request = free.get()
+    try:
+        logits, embedding = request.infer([images.numpy()], share_inputs=True).values()
+    finally:
+        free.put(request)
+    return torch.from_numpy(logits), torch.from_numpy(embedding)
+
+
+def _converted(network: Classifier, shape: tuple[int, int, int]) -> Model:
     """The frontend is asked directly: ``openvino.convert_model`` does the same, and reports its use."""
     openvino = _openvino()
     from openvino.frontend import FrontEndManager
@@ -88,13 +110,22 @@ def _compiled(network: Classifier, shape: tuple[int, int, int], threads: int) ->
         decoder = TorchScriptPythonDecoder(network, example_input=torch.zeros(2, *shape))  # OpenVINO keeps no reference
         model = frontend.convert(frontend.load(decoder))
     model.reshape({model.inputs[0]: openvino.PartialShape([-1, *shape])})
+    return cast("Model", model)
+
+
+def _requests(model: Model, threads: int, lanes: int) -> SimpleQueue[InferRequest]:
+    """Of the compiled model, as many as calculate at a time."""
     settings = {
         "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
+        "NUM_STREAMS": lanes,
         "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
         "ENABLE_CPU_PINNING": False,  # decoding runs beside it
     }
-    return _core().compile_model(model, "CPU", settings)
+    compiled = _core().compile_model(model, "CPU", settings)
+    free: SimpleQueue[InferRequest] = SimpleQueue()
+    for _ in range(lanes):
+        free.put(compiled.create_infer_request())
+    return free
 
 
 @cache
@@ -115,8 +146,8 @@ def _openvino() -> Any:
     return openvino
 
 
-def _checked(engine: OpenVino, network: Classifier, shape: tuple[int, int, int]) -> OpenVino:
-    """The engine, if it answers noise as the network does.
+def _check(engine: Network, network: Classifier, shape: tuple[int, int, int]) -> None:
+    """Accept an engine that answers noise as the network does.
 
     Raises:
         ArithmeticError: it does not.
@@ -128,7 +159,6 @@ def _checked(engine: OpenVino, network: Classifier, shape: tuple[int, int, int])
         difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
         if not difference <= TOLERANCE:
             raise ArithmeticError(f"its answers differ from PyTorch's by {difference:.1e}; allowed are {TOLERANCE:.0e}")
-    return engine
 
 
 def _shape(bundle: Bundle) -> tuple[int, int, int]:

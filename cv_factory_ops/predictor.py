@@ -103,10 +103,12 @@ class Predictor:
         """Answer once for an empty image, so that the first request is as fast as the others."""
         self._pca.transform(self.forward(np.zeros((1, *self._shape), np.uint16))[1])
 
-    def forward(self, prepared: NDArray[np.uint16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def forward(
+        self, prepared: NDArray[np.uint16], network: Network | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(N, size, size[, 3]) prepared images -> probabilities (N, classes), or (N, classes, size, size) of pixels, or a
-        detector's outputs (N, anchors, 4 + classes - 1), and embedding (N, features)."""
-        return infer(self._network, prepared, self._embedder, self.manifest.temperature)
+        detector's outputs (N, anchors, 4 + classes - 1), and embedding (N, features). ``network`` is as of :meth:`__init__`."""
+        return infer(network or self._network, prepared, self._embedder, self.manifest.temperature)
 
     def vectors(self, embedding: NDArray[np.float32], kind: Literal["components", "embedding"]) -> NDArray[np.float32]:
         """(N, dimensions) what images are compared by, of their embedding (N, features): itself, or its components."""

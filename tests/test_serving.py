@@ -329,6 +329,24 @@ def test_the_wait_for_those_on_their_way_is_bounded() -> None:
     assert work.batches == [[2]]
 
 
+def test_as_many_batches_as_lanes_are_worked_on_at_a_time() -> None:
+    work = Recorder()
+    work.gate.clear()
+
+    async def main() -> list[list[int]]:
+        batcher = Batcher(work, size=2, wait=60, lanes=2)
+        tasks = [asyncio.create_task(batcher.answer([item, item + 1])) for item in (1, 3, 5)]
+        async with asyncio.timeout(30):
+            while len(work.batches) < 2:
+                await asyncio.sleep(0.01)
+        assert sorted(work.batches) == [[1, 2], [3, 4]]
+        work.gate.set()
+        return [await task for task in tasks]
+
+    assert asyncio.run(main()) == [[1, 4], [9, 16], [25, 36]]
+    assert work.batches[2] == [5, 6]
+
+
 def test_a_failing_batch_fails_its_own_requests_alone() -> None:
     async def main() -> list[Any]:
         batcher = Batcher(Recorder(), size=2, wait=0)
@@ -396,14 +414,28 @@ def test_openvino_answers_as_pytorch_does_whatever_is_in_the_batch(
     config: Model | EnsembleModel, channels: int, size: int
 ) -> None:
     network = network_of(config, channels, size)
-    engine = OpenVino(network, (channels, size, size), threads=1)
+    engine = OpenVino(network, (channels, size, size), threads=2)
     images = torch.rand(5, channels, size, size)
     with torch.inference_mode():
         expected = network(images)
-    for ours, theirs in zip(engine(images), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    for batched, single in zip(engine(images), engine(images[3:4]), strict=True):
-        torch.testing.assert_close(batched[3:4], single, rtol=0, atol=1e-6)
+    for way in (engine, engine.beside):
+        for ours, theirs in zip(way(images), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        for batched, single in zip(way(images), way(images[3:4]), strict=True):
+            torch.testing.assert_close(batched[3:4], single, rtol=1e-6, atol=1e-6)
+    for beside, alone in zip(engine.beside(images), engine(images), strict=True):
+        torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_openvino_answers_from_several_threads_at_a_time_are_their_own() -> None:
+    engine = OpenVino(network_of(ResNet(depth=10, small_input=False), 1, 32), (1, 32, 32), threads=2)
+    assert engine.lanes == 2
+    batches = [torch.rand(1 + i % 5, 1, 32, 32) for i in range(40)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(engine.beside, batches))
+    for batch, found in zip(batches, together, strict=True):
+        for ours, alone in zip(found, engine(batch), strict=True):
+            torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
 
 
 class Untraceable(nn.Module):

@@ -38,7 +38,7 @@ from cv_factory_ops.answers import Answer, Neighbour, Prediction, SegmentedPredi
 from cv_factory_ops.bundle import INDEX, Bundle
 from cv_factory_ops.config.explanations import ExplanationMethod
 from cv_factory_ops.domain import Decoded, open_domain
-from cv_factory_ops.engine import open_engine
+from cv_factory_ops.engine import Engine, open_engine
 from cv_factory_ops.errors import ConfigError, CvFactoryError, DataError, Rejected, Unavailable, without_values
 from cv_factory_ops.explainer import Explainer, as_study
 from cv_factory_ops.features.index import Index
@@ -103,7 +103,7 @@ class Container:
 
     def __init__(self, bundle_dir: Path, settings: ServingSettings) -> None:
         self.settings = settings
-        self.predictor, self.metrics = _load(bundle_dir, settings)
+        self.predictor, self._engine, self.metrics = _load(bundle_dir, settings)
         self.domain = open_domain(self.predictor.manifest.domain)
         self._index: Index | None = None
         self._opening = threading.Lock()
@@ -113,7 +113,7 @@ class Container:
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="read")
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="explain")  # who asks for reasons must not hold up the others
         self._places = threading.BoundedSemaphore(MOST_WAITING)
-        self._batcher = Batcher(self._forward, settings.batch_size, settings.batch_wait_ms / 1000)
+        self._batcher = Batcher(self._forward, settings.batch_size, settings.batch_wait_ms / 1000, self._engine.lanes)
         self._in_flight = 0
 
     async def ping(self, _: Request) -> Response:
@@ -181,8 +181,10 @@ class Container:
         return studies
 
     def _forward(self, inputs: Sequence[Input]) -> list[Output]:
+        """A request that is alone has all threads."""
         self.metrics.batches.observe(len(inputs))
-        return list(zip(*self.predictor.forward(np.stack([given.image for given in inputs])), strict=True))
+        network = self._engine.network if self._in_flight == 1 else self._engine.beside
+        return list(zip(*self.predictor.forward(np.stack([given.image for given in inputs]), network), strict=True))
 
     def _told(self, asked: Asked, inputs: Sequence[Input], outputs: Sequence[Output]) -> Response:
         probabilities, embedding = (np.stack(values) for values in zip(*outputs, strict=True))
@@ -275,14 +277,14 @@ class Container:
         return Response(json.dumps({"error": message, "code": code}), status, media_type="application/json")
 
 
-def _load(bundle_dir: Path, settings: ServingSettings) -> tuple[Predictor, Metrics]:
+def _load(bundle_dir: Path, settings: ServingSettings) -> tuple[Predictor, Engine, Metrics]:
     """A predictor that has answered once, so that the first request is as fast as the others, and its metrics."""
     try:
         bundle = Bundle.load(bundle_dir)
         engine = open_engine(bundle, settings.engine, settings.threads)
         predictor = Predictor(bundle, engine.network)
         predictor.warm_up()
-        return predictor, Metrics(bundle, engine.name)
+        return predictor, engine, Metrics(bundle, engine.name)
     except CvFactoryError:
         raise
     except Exception as error:  # safetensors, torch and numpy each have errors of their own

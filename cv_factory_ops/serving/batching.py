@@ -14,19 +14,19 @@ Out = TypeVar("Out")
 
 
 class Batcher(Generic[In, Out]):
-    """Hands what waits to ``work``, one batch at a time, in the order in which it came. Of one event loop.
+    """Hands what waits to ``work``, up to ``lanes`` batches at a time, in the order in which it came. Of one event loop.
 
-    While a batch is worked on the next one gathers. Where the worker is free a batch starts at once, unless it is not full and
+    While batches are worked on the next one gathers. Where a lane is free a batch starts at once, unless it is not full and
     others are known to be on their way (:meth:`coming`): then it starts with the last of them, or after ``wait`` seconds.
     """
 
-    def __init__(self, work: Callable[[Sequence[In]], Sequence[Out]], size: int, wait: float) -> None:
+    def __init__(self, work: Callable[[Sequence[In]], Sequence[Out]], size: int, wait: float, lanes: int = 1) -> None:
         self._work, self._size, self._wait = work, size, wait
         self._waiting: deque[tuple[In, asyncio.Future[Out]]] = deque()
         self._coming = 0
-        self._is_busy = False
+        self._free = lanes
         self._timer: asyncio.TimerHandle | None = None
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batch")
+        self._worker = ThreadPoolExecutor(lanes, thread_name_prefix="batch")
 
     @contextmanager
     def coming(self) -> Iterator[None]:
@@ -51,7 +51,7 @@ class Batcher(Generic[In, Out]):
         return await asyncio.gather(*futures)
 
     def _start(self) -> None:
-        if self._is_busy or not self._waiting:
+        if not self._free or not self._waiting:
             return
         if self._coming and self._wait and len(self._waiting) < self._size:
             if self._timer is None:
@@ -64,12 +64,13 @@ class Batcher(Generic[In, Out]):
             self._timer.cancel()
             self._timer = None
         batch = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
-        self._is_busy = True
+        self._free -= 1
         working = asyncio.get_running_loop().run_in_executor(self._worker, self._work, [item for item, _ in batch])
         working.add_done_callback(lambda done: self._deliver([future for _, future in batch], done))
+        self._start()
 
     def _deliver(self, futures: Sequence[asyncio.Future[Out]], done: asyncio.Future[Sequence[Out]]) -> None:
-        self._is_busy = False
+        self._free += 1
         self._start()
         if error := done.exception():
             for future in futures:
