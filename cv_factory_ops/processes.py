@@ -23,8 +23,8 @@ def die_with(parent: int) -> None:
 
 
 def keep_memory() -> None:
-    """Ask the C library to use freed memory again rather than give it back: every image, body of a request and batch would
-    otherwise cost a page fault each 4 KiB, together as much time as its pixels take."""
+    """Ask the C library to use freed memory again rather than give it back: every image that is
+    decoded, prepared or trained on would otherwise cost a page fault each 4 KiB, which is a good part of the time."""
     if sys.platform == "linux":
         c = ctypes.CDLL(None)
         if hasattr(c, "mallopt"):  # not every C library is GNU's
