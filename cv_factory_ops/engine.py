@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
@@ -29,8 +30,6 @@ log = logging.getLogger("cvf")
 TOLERANCE = 1e-3
 """Largest difference of logits and embedding, relative to their largest magnitude, from PyTorch's: both calculate in float32,
 in another order."""
-MOST_LANES = 4
-"""Batches that are calculated at a time at most: each takes memory for what it calculates."""
 
 EngineName = Literal["openvino", "torch"]
 
@@ -47,7 +46,7 @@ class Engine:
     lanes: int
 
 
-def open_engine(bundle: Bundle, name: EngineName, threads: int) -> Engine:
+def open_engine(bundle: Bundle, name: EngineName, threads: int, lanes: int = 1) -> Engine:
     """The engine that is asked for. Where OpenVINO cannot run a network as PyTorch does, PyTorch does, and a warning says so.
 
     PyTorch's own threads are as many as it needs: one beside OpenVINO, which has its own.
@@ -56,10 +55,9 @@ def open_engine(bundle: Bundle, name: EngineName, threads: int) -> Engine:
     if name == "openvino":
         torch.set_num_threads(1)
         try:
-            engine = OpenVino(network, _shape(bundle), threads)
-            for way in (engine, engine.beside):
-                _check(way, network, _shape(bundle))
-            return Engine("openvino", engine, engine.beside, engine.lanes)
+            engine = OpenVino(network, _shape(bundle), threads, lanes)
+            _check([engine, engine.beside] if lanes > 1 else [engine], network, _shape(bundle))
+            return Engine("openvino", engine, engine.beside, lanes)
         except Exception as error:  # of a converter for all networks there are, so any kind
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             log.warning("engine: OpenVINO cannot run this network, PyTorch does, which is slower (%s)", reason)
@@ -70,22 +68,21 @@ def open_engine(bundle: Bundle, name: EngineName, threads: int) -> Engine:
 class OpenVino:
     """A network compiled by OpenVINO in float32: an image's answer does not depend on those it is batched with.
 
-    A call has all threads, and others wait for its end. Those of :meth:`beside` share the threads: none waits for what another
-    one calculates, which decoding and other work on the same processors would hold up.
+    A call has all threads, and others wait for its end. Up to ``lanes`` calls of :meth:`beside` share the threads, and none of
+    them waits for another.
     """
 
-    def __init__(self, network: Classifier, shape: tuple[int, int, int], threads: int) -> None:
+    def __init__(self, network: Classifier, shape: tuple[int, int, int], threads: int, lanes: int = 1) -> None:
         """``shape``: channels, height and width of an image."""
         model = _converted(network, shape)
-        self.lanes = min(threads, MOST_LANES)
         self._alone = _requests(model, threads, 1)
-        self._beside = _requests(model, threads, self.lanes) if self.lanes > 1 else self._alone
+        self._beside = _requests(model, threads, lanes) if lanes > 1 else self._alone
 
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _answered(self._alone, images)
 
     def beside(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As a call, beside up to :attr:`lanes` minus one others."""
+        """As a call, with a share of the threads."""
         return _answered(self._beside, images)
 
 
@@ -146,19 +143,20 @@ def _openvino() -> Any:
     return openvino
 
 
-def _check(engine: Network, network: Classifier, shape: tuple[int, int, int]) -> None:
-    """Accept an engine that answers noise as the network does.
+def _check(engines: Sequence[Network], network: Classifier, shape: tuple[int, int, int]) -> None:
+    """Accept engines that answer noise as the network does.
 
     Raises:
-        ArithmeticError: it does not.
+        ArithmeticError: one does not.
     """
     images = torch.from_numpy(np.random.default_rng(0).random((2, *shape), dtype=np.float32))
     with torch.inference_mode():
         expected = network(images)
-    for ours, theirs in zip(engine(images), expected, strict=True):
-        difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
-        if not difference <= TOLERANCE:
-            raise ArithmeticError(f"its answers differ from PyTorch's by {difference:.1e}; allowed are {TOLERANCE:.0e}")
+    for engine in engines:
+        for ours, theirs in zip(engine(images), expected, strict=True):
+            difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+            if not difference <= TOLERANCE:
+                raise ArithmeticError(f"its answers differ from PyTorch's by {difference:.1e}; allowed are {TOLERANCE:.0e}")
 
 
 def _shape(bundle: Bundle) -> tuple[int, int, int]:

@@ -414,22 +414,22 @@ def test_openvino_answers_as_pytorch_does_whatever_is_in_the_batch(
     config: Model | EnsembleModel, channels: int, size: int
 ) -> None:
     network = network_of(config, channels, size)
-    engine = OpenVino(network, (channels, size, size), threads=2)
     images = torch.rand(5, channels, size, size)
     with torch.inference_mode():
         expected = network(images)
-    for way in (engine, engine.beside):
-        for ours, theirs in zip(way(images), expected, strict=True):
+    both = OpenVino(network, (channels, size, size), threads=2, lanes=2)
+    for engine in (OpenVino(network, (channels, size, size), threads=1), both.beside):
+        for ours, theirs in zip(engine(images), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-        for batched, single in zip(way(images), way(images[3:4]), strict=True):
-            torch.testing.assert_close(batched[3:4], single, rtol=1e-6, atol=1e-6)
-    for beside, alone in zip(engine.beside(images), engine(images), strict=True):
+        for batched, single in zip(engine(images), engine(images[3:4]), strict=True):
+            torch.testing.assert_close(batched[3:4], single, rtol=0, atol=1e-6)
+    for beside, alone, single in zip(both.beside(images), both(images), both(images[3:4]), strict=True):
         torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alone[3:4], single, rtol=1e-6, atol=1e-6)
 
 
 def test_openvino_answers_from_several_threads_at_a_time_are_their_own() -> None:
-    engine = OpenVino(network_of(ResNet(depth=10, small_input=False), 1, 32), (1, 32, 32), threads=2)
-    assert engine.lanes == 2
+    engine = OpenVino(network_of(ResNet(depth=10, small_input=False), 1, 32), (1, 32, 32), threads=2, lanes=2)
     batches = [torch.rand(1 + i % 5, 1, 32, 32) for i in range(40)]
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(engine.beside, batches))

@@ -54,6 +54,8 @@ log = logging.getLogger("cvf")
 
 MOST_EXPLAINED = 4
 """Images of a request that are explained, so that an answer comes within SageMaker's minute."""
+MOST_LANES = 4
+"""Batches that the network answers at a time at most: each takes memory for what it calculates."""
 MOST_WAITING = 4
 """Requests for explanations that may be in hand at a time: more would wait for longer than that minute."""
 
@@ -281,7 +283,7 @@ def _load(bundle_dir: Path, settings: ServingSettings) -> tuple[Predictor, Engin
     """A predictor that has answered once, so that the first request is as fast as the others, and its metrics."""
     try:
         bundle = Bundle.load(bundle_dir)
-        engine = open_engine(bundle, settings.engine, settings.threads)
+        engine = open_engine(bundle, settings.engine, settings.threads, min(settings.threads, MOST_LANES))
         predictor = Predictor(bundle, engine.network)
         predictor.warm_up()
         return predictor, engine, Metrics(bundle, engine.name)
